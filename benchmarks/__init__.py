@@ -1,0 +1,1 @@
+"""Experiments and measurements on the packages; not installed."""

@@ -1,0 +1,1 @@
+"""Emoji Diffusion: the world that it draws, its training and its evaluation."""
