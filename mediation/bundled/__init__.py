@@ -1,0 +1,52 @@
+"""Emoji Diffusion: the bundled text-to-image model, the CLIP that scores it, and the probe that judges it."""
+
+import functools
+import pathlib
+
+from diffusers import DiffusionPipeline
+
+from mediation.bundled.probe import AttributeProbe
+from mediation.metrics import ClassProbability, CLIPScore
+
+_FOLDER = pathlib.Path(__file__).parent / "emoji"
+
+
+def pipeline_folder() -> pathlib.Path:
+    """The folder of the bundled `StableDiffusionPipeline`."""
+    return _FOLDER / "pipeline"
+
+
+def is_bundled(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline was loaded from the bundled folder."""
+    return pathlib.Path(pipe.config.get("_name_or_path") or "").resolve() == pipeline_folder().resolve()
+
+
+@functools.cache
+def load_scorer() -> CLIPScore:
+    """CLIPScore by the CLIP whose text tower is the bundled pipeline's text encoder."""
+    return CLIPScore.from_pretrained(_FOLDER / "clip")
+
+
+@functools.cache
+def load_probe() -> AttributeProbe:
+    """The attribute probe, which shares no weights with the pipeline."""
+    return AttributeProbe.from_pretrained(_FOLDER / "probe", low_cpu_mem_usage=False).float().eval()
+
+
+def attribute_probability(factor: str, target: object = None) -> ClassProbability:
+    """The metric "probability of an attribute, says the probe".
+
+    Args:
+        factor: object, style, background, count, viewpoint or pose.
+        target: a label of this factor; None is each case's subject.
+
+    Example:
+        >>> attribute_probability("style", "ink").name
+        'probability_of_style'
+    """
+    probe = load_probe()
+    labels = probe.labels(factor)
+    return ClassProbability(lambda images: probe(images)[factor], labels, target, name=f"probability_of_{factor}")
+
+
+__all__ = ["AttributeProbe", "attribute_probability", "is_bundled", "load_probe", "load_scorer", "pipeline_folder"]

@@ -1,0 +1,222 @@
+"""Cases: a prompt, the subject in it, and how the subject is corrupted."""
+
+import dataclasses
+import re
+import weakref
+from typing import ClassVar, Literal
+
+import numpy
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+TOKEN_GROUPS = ("bos", "before", "subject", "last_subject", "after", "eos", "padding", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianNoise:
+    """Adds Gaussian noise to the subject's tokens (Basu et al. 2024, arXiv:2310.13730; ROME, arXiv:2202.05262).
+
+    Args:
+        scale: standard deviation of the noise, in standard deviations of what it is added to: the token embedding table
+            for `where="input"`, the encoder's output for this prompt for `where="output"`.
+        draws: independent noises per case.
+        where: "input" corrupts the text encoder's token embeddings, "output" what the denoiser reads.
+
+    Example:
+        >>> GaussianNoise(scale=3.0, draws=2)
+        GaussianNoise(scale=3.0, draws=2, where='input')
+    """
+
+    scale: float = 3.0
+    draws: int = 1
+    where: Literal["input", "output"] = "input"
+
+    def __post_init__(self):
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        if not (isinstance(self.draws, int) and self.draws >= 1):
+            raise ValueError(f"draws must be a positive integer, got {self.draws!r}")
+        if self.where not in ("input", "output"):
+            raise ValueError(f'where must be "input" or "output", got {self.where!r}')
+
+    def noise(self, shape: tuple[int, ...], seed: int, draw: int) -> torch.Tensor:
+        """Standard normal noise that depends on the case's seed and the draw alone, never on the batch."""
+        state = int(numpy.random.SeedSequence([seed, draw]).generate_state(1, numpy.uint64)[0])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(state % 2**63))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplaceSubject:
+    """Replaces the subject by another text, which may take another number of tokens.
+
+    Tokens are aligned span by span from the end, so that last subject tokens meet; surplus tokens have no partner.
+
+    Example:
+        >>> Case("a cat in the style of ink", subject="ink", corruption=ReplaceSubject("noto")).corrupted_prompt
+        'a cat in the style of noto'
+    """
+
+    text: str
+    draws: ClassVar[int] = 1
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise ValueError("the text that replaces the subject is empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One causal experiment: a prompt, its subject, a corruption and a seed.
+
+    The subject is matched as whole words, whatever their case; where it occurs several times, every occurrence is
+    corrupted, since any of them could give the concept away.
+
+    Args:
+        prompt: the caption.
+        subject: words of the prompt that carry the attribute under study.
+        corruption: `GaussianNoise(...)` or `ReplaceSubject(...)`.
+        seed: of the starting latent and of the noise.
+
+    Raises:
+        ValueError: if the subject is not in the prompt.
+
+    Example:
+        >>> Case("a cat in the style of ink", subject="ink").spans
+        ((22, 25),)
+    """
+
+    prompt: str
+    subject: str
+    corruption: GaussianNoise | ReplaceSubject = GaussianNoise()
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.subject.strip():
+            raise ValueError("the subject is empty: name the words of the prompt to corrupt")
+        if not self.spans:
+            inside = self.subject.lower() in self.prompt.lower()
+            hint = "it occurs only inside a longer word" if inside else "it must occur word for word"
+            raise ValueError(f"the subject {self.subject!r} is not in the prompt {self.prompt!r}: {hint}")
+        if not isinstance(self.corruption, GaussianNoise | ReplaceSubject):
+            raise TypeError(f"corruption must be GaussianNoise or ReplaceSubject, got {type(self.corruption).__name__}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a non-negative integer, got {self.seed!r}")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Character spans (start, stop) of the subject in the prompt."""
+        return find_spans(self.prompt, self.subject)
+
+    @property
+    def corrupted_prompt(self) -> str:
+        """The text of the corrupted run."""
+        return self._corrupted()[0]
+
+    @property
+    def corrupted_spans(self) -> tuple[tuple[int, int], ...]:
+        """Character spans of what stands for the subject in the corrupted run's text."""
+        return self._corrupted()[1]
+
+    def _corrupted(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        if isinstance(self.corruption, GaussianNoise):
+            return self.prompt, self.spans
+        text, spans, position = "", [], 0
+        for start, stop in self.spans:
+            text += self.prompt[position:start]
+            spans.append((len(text), len(text) + len(self.corruption.text)))
+            text += self.corruption.text
+            position = stop
+        return text + self.prompt[position:], tuple(spans)
+
+
+def find_spans(prompt: str, subject: str) -> tuple[tuple[int, int], ...]:
+    """Character spans of every occurrence of `subject` as whole words in `prompt`, whatever their case."""
+    pattern = rf"(?<!\w){re.escape(subject.strip())}(?!\w)"
+    return tuple(match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Consecutive token positions of one kind: bos, before, subject, after, eos or padding."""
+
+    kind: str
+    positions: tuple[int, ...]
+
+
+def segments(tokenizer: PreTrainedTokenizerBase, prompt: str, spans: tuple[tuple[int, int], ...]) -> list[Segment]:
+    """Splits a prompt's tokens at the subject's character spans.
+
+    Args:
+        tokenizer: any tokenizer with a beginning and an end token; its `model_max_length` is the window.
+        prompt: the text.
+        spans: character spans of the subject.
+
+    Returns:
+        bos, before, then (subject, after) for every span, eos, padding; positions may be empty but for the subject.
+
+    Raises:
+        ValueError: if a subject token falls outside the window.
+    """
+    offsets = _offsets(tokenizer, prompt)
+    window = tokenizer.model_max_length
+    parts: list[list[int]] = [[] for _ in range(2 * len(spans) + 1)]  # gap, span, gap, span, …, gap
+    part = 0
+    for position, (start, stop) in enumerate(offsets[1:-1], start=1):
+        while part // 2 < len(spans) and start >= spans[part // 2][part % 2]:
+            part += 1
+        overlaps = part % 2 == 0 and part // 2 < len(spans) and stop > spans[part // 2][0]
+        parts[part + overlaps].append(position)
+    n_tokens = len(offsets)
+    for i, span in enumerate(spans):
+        words = prompt[slice(*span)]
+        if not parts[2 * i + 1]:
+            raise ValueError(f"{words!r} has no token of its own in {prompt!r}")
+        if parts[2 * i + 1][-1] > window - 2:
+            raise ValueError(
+                f"the subject {words!r} is truncated: its last token is number {parts[2 * i + 1][-1]} of {prompt!r},"
+                f" and the text encoder's window of {window} holds {window - 2}; shorten the prompt"
+            )
+    eos = min(n_tokens, window) - 1
+    kinds = ["before", *(("subject", "after") * len(spans))]
+    middle = [Segment(k, tuple(p for p in part if p < eos)) for k, part in zip(kinds, parts, strict=True)]
+    return [Segment("bos", (0,)), *middle, Segment("eos", (eos,)), Segment("padding", tuple(range(eos + 1, window)))]
+
+
+def group_positions(layout: list[Segment]) -> dict[str, tuple[int, ...]]:
+    """Token positions by group name, for every name in `TOKEN_GROUPS`."""
+    groups = {kind: tuple(p for s in layout if s.kind == kind for p in s.positions) for kind in TOKEN_GROUPS}
+    groups["last_subject"] = groups["subject"][-1:]
+    groups["all"] = tuple(p for segment in layout for p in segment.positions)
+    return groups
+
+
+def align(clean: list[Segment], corrupted: list[Segment]) -> dict[int, int]:
+    """Maps token positions of the clean prompt to those of the corrupted one, segment by segment from the end."""
+    return {
+        position: partner
+        for a, b in zip(clean, corrupted, strict=True)
+        for position, partner in zip(reversed(a.positions), reversed(b.positions), strict=False)
+    }
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:
+    """Character offsets of every token of the untruncated prompt, those of bos and eos included."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(prompt, return_offsets_mapping=True, padding=False, truncation=False, verbose=False)
+        return list(encoded["offset_mapping"])
+    known, fast = _FAST.get(tokenizer, (None, None))
+    if known != len(tokenizer):  # a conversion leaves out tokens that were added, and more can be added later
+        fast = convert_slow_tokenizer(tokenizer)
+        fast.add_tokens(list(tokenizer.added_tokens_decoder.values()))
+        _FAST[tokenizer] = len(tokenizer), fast
+    offsets = list(fast.encode(prompt).offsets)
+    if len(offsets) != len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]):
+        raise ValueError(
+            f"the tokens of {prompt!r} cannot be located with this {type(tokenizer).__name__}: use a fast one"
+        )
+    return offsets
+
+
+# by slow tokenizer: its size when it was converted, and its conversion
+_FAST: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -1,0 +1,206 @@
+"""Causal effects from the values of a trace: total and indirect effects, intervals, top sites."""
+
+import warnings
+
+import numpy
+import xarray
+from scipy import stats
+
+_RUNS = ("clean", "corrupted", "sham", "restored")
+
+
+def total_effect(effects: xarray.Dataset) -> xarray.DataArray:
+    """TE = m(clean) − m(corrupted), by (case, draw[, metric]).
+
+    Raises:
+        ValueError: if `effects` is not a Dataset that `mediation.trace` returns.
+
+    Example:
+        >>> total_effect(_example()).values.tolist()
+        [[2.0]]
+    """
+    _check(effects)
+    return (effects.clean - effects.corrupted).rename("total_effect")
+
+
+def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarray.DataArray:
+    """IE = m(restored) − m(corrupted), signed, by (case, draw, site[, token][, window][, metric]).
+
+    Args:
+        effects: from `mediation.trace`.
+        normalize: divides by the mean total effect, so that the mean over cases and draws is the ratio of means,
+            AIE / ATE. Cases whose |TE| does not exceed the noise floor are masked, and counted in the attribute
+            `n_masked`.
+
+    Raises:
+        ValueError: if `effects` is not a Dataset that `mediation.trace` returns.
+
+    Example:
+        >>> indirect_effect(_example(), normalize=True).values.tolist()
+        [[[0.5, 0.0]]]
+    """
+    _check(effects)
+    indirect = (effects.restored - effects.corrupted).rename("indirect_effect")
+    if not normalize:
+        return indirect
+    total = total_effect(effects)
+    kept = abs(total) > noise_floor(effects)
+    normalized = (indirect / total.where(kept).mean(("case", "draw"))).where(kept)
+    return normalized.assign_attrs(n_masked=int((~kept).sum()))
+
+
+def noise_floor(effects: xarray.Dataset) -> xarray.DataArray:
+    """The largest |m(sham) − m(corrupted)|: by how much batching alone moves the metric; a scalar, or by metric."""
+    difference = abs(effects.sham - effects.corrupted)
+    return difference.max([dim for dim in difference.dims if dim != "metric"])
+
+
+def summarize(
+    effects: xarray.Dataset,
+    by: str = "site",
+    *,
+    normalize: bool = False,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+    method: str = "percentile",
+    seed: int = 0,
+) -> xarray.Dataset:
+    """Mean indirect effects with bootstrap intervals over cases (Efron and Tibshirani 1993).
+
+    Draws, and with `by` other than "site" the sites that share a label, are averaged within a case; the cases are
+    resampled, never the draws. Normalized effects are ratios of means, resampled as such.
+
+    Args:
+        effects: from `mediation.trace`.
+        by: "site", or a coordinate of the sites to group them by: component, network, block, layer.
+        normalize: reports IE / TE, as `indirect_effect` does.
+        confidence: level of the interval.
+        n_resamples: bootstrap resamples.
+        method: "percentile" or "BCa".
+        seed: of the resampling.
+
+    Returns:
+        A Dataset over `by` [and token, window, metric]: mean, low, high, n (cases that count), and noise_floor; total,
+        total_low and total_high say the same of the total effect. With a single case, low and high are NaN.
+
+    Raises:
+        ValueError: if an argument is not one of the above.
+
+    Example:
+        >>> summarize(_example())["mean"].values.tolist()
+        [1.0, 0.0]
+    """
+    _check(effects)
+    if by not in ("site", "component", "network", "block", "layer"):
+        raise ValueError(f"by must be site, component, network, block or layer, got {by!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if method not in ("percentile", "BCa"):
+        raise ValueError(f'method must be "percentile" or "BCa", got {method!r}')
+    indirect, total = indirect_effect(effects), total_effect(effects)
+    floor = noise_floor(effects)
+    if normalize:
+        kept = abs(total) > floor
+        indirect, total = indirect.where(kept), total.where(kept)
+    indirect, total = indirect.mean("draw"), total.mean("draw")
+    if by != "site":
+        indirect = indirect.groupby(by).mean("site")
+    options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
+    mean, low, high = _interval(indirect, total if normalize else None, **options)
+    n = (~numpy.isnan(indirect)).sum("case")
+    summary = xarray.Dataset({"mean": mean, "low": low, "high": high, "n": n, "noise_floor": floor})
+    for name, value in zip(("total", "total_low", "total_high"), _interval(total, None, **options), strict=True):
+        summary[name] = value
+    what = "indirect effect / total effect" if normalize else "indirect effect"
+    return summary.assign_attrs(options | {"quantity": what, "metric": effects.attrs.get("metric", "")})
+
+
+def _interval(values: xarray.DataArray, total: xarray.DataArray | None, *, confidence, n_resamples, method, seed):
+    """Mean over cases (or, with `total`, the ratio of means) and its bootstrap interval, as three DataArrays."""
+    values = values.transpose("case", ...)
+    arrays = [values.values]
+    if total is not None:
+        paired = xarray.broadcast(values, total)[1].transpose(*values.dims)
+        arrays.append(paired.where(~numpy.isnan(values)).values)
+
+    def statistic(*samples, axis=0):
+        means = [_nanmean(sample, axis) for sample in samples]
+        return means[0] if len(means) == 1 else means[0] / means[1]
+
+    point = statistic(*arrays)
+    low = high = numpy.full_like(point, numpy.nan)
+    if values.sizes["case"] > 1:
+        with warnings.catch_warnings():
+            # BCa of a constant column is undefined; its interval is NaN, which says so.
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            found = stats.bootstrap(
+                arrays,
+                statistic,
+                paired=True,
+                vectorized=True,
+                axis=0,
+                confidence_level=confidence,
+                n_resamples=n_resamples,
+                method=method,
+                rng=numpy.random.default_rng(seed),
+            )
+        low, high = found.confidence_interval
+    template = values.isel(case=0, drop=True)
+    return tuple(template.copy(data=data) for data in (point, low, high))
+
+
+def _nanmean(sample: numpy.ndarray, axis: int) -> numpy.ndarray:
+    """`numpy.nanmean` that is NaN without a warning where nothing counts."""
+    n = (~numpy.isnan(sample)).sum(axis)
+    return numpy.divide(numpy.nansum(sample, axis), n, out=numpy.full(n.shape, numpy.nan), where=n > 0)
+
+
+def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:
+    """Names of the k sites with the largest mean indirect effect, largest first; over tokens or windows, at their best.
+
+    Raises:
+        ValueError: if k is not positive, or `effects` has several metrics.
+
+    Example:
+        >>> top_sites(_example(), k=1)
+        ['unet.mid.0.resnet']
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if "metric" in effects.dims:
+        raise ValueError(f"choose one metric: effects.sel(metric=…) of {list(effects.metric.values)}")
+    mean = indirect_effect(effects).mean(("case", "draw"))
+    best = mean.max([dim for dim in mean.dims if dim != "site"])
+    order = numpy.argsort(-best.values, kind="stable")
+    return [str(best.site.values[i]) for i in order[:k] if not numpy.isnan(best.values[i])]
+
+
+def warn_of_missing(effects: xarray.Dataset) -> None:
+    """Warns if a metric was not a number for a row that ran, naming sites."""
+    ran = ~numpy.isnan(effects.sham)
+    bad = numpy.isnan(effects.restored) & ran
+    sites = [str(site) for site in effects.site.values[bad.any([dim for dim in bad.dims if dim != "site"]).values]]
+    controls = int(numpy.isnan(effects.clean).sum() + numpy.isnan(effects.corrupted).sum())
+    if sites or controls:
+        warnings.warn(
+            f"the metric is not a number for {controls} control runs and for restorations at {sites}", stacklevel=3
+        )
+
+
+def _check(effects: xarray.Dataset) -> None:
+    missing = [name for name in _RUNS if name not in getattr(effects, "data_vars", ())]
+    if missing:
+        raise ValueError(f"expected the Dataset that mediation.trace returns, but it has no {', '.join(missing)}")
+
+
+def _example() -> xarray.Dataset:
+    """The smallest map, for the examples of this file: one case, one draw, two sites."""
+    return xarray.Dataset(
+        {
+            "clean": (("case", "draw"), [[3.0]]),
+            "corrupted": (("case", "draw"), [[1.0]]),
+            "sham": (("case", "draw", "site"), [[[1.0, 1.0]]]),
+            "restored": (("case", "draw", "site"), [[[2.0, 1.0]]]),
+        },
+        coords={"site": ["unet.mid.0.resnet", "unet.mid.0.feed_forward"]},
+    )

@@ -1,0 +1,187 @@
+"""Metrics: what a run's outcome is worth, one number per row.
+
+A metric is called with `images` (row, 3, height, width) in [0, 1], `latents` (row, channel, height, width) and `cases`,
+one per row, and returns one number per row; row 0 is the clean run. Any function of these three works. A metric
+whose attribute `needs_images` is False gets None for images, and nothing is decoded for it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from mediation.cases import Case
+
+Metric = Callable[[torch.Tensor | None, torch.Tensor, Sequence[Case]], "numpy.typing.ArrayLike"]
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDistance:
+    """Minus the root mean square distance of the final latents from the clean run's; the clean run scores 0.
+
+    Example:
+        >>> LatentDistance()(None, torch.tensor([[[[0.0]]], [[[3.0]]]]), []).tolist()
+        [-0.0, -3.0]
+    """
+
+    name = "latent_distance"
+    needs_images = False
+
+    def __call__(self, images, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
+        """Scores every row."""
+        difference = latents.double() - latents[:1].double()
+        return -difference.square().mean((1, 2, 3)).sqrt().cpu().numpy()
+
+
+class CLIPScore:
+    """Cosine similarity of an image and a text, times `scale` (Hessel et al. 2021, arXiv:2104.08718, without clipping).
+
+    Args:
+        model: a `CLIPModel`.
+        tokenizer: its tokenizer.
+        text: the text to compare with; None is each case's own prompt.
+        image_mean, image_std: the normalisation that the model was trained with.
+        scale: 100 gives the scores of the literature.
+
+    Example:
+        >>> from mediation import bundled
+        >>> score = bundled.load_scorer()
+        >>> score(torch.ones(1, 3, 64, 64), torch.zeros(1, 4, 16, 16), [Case("a cat", subject="cat")]).shape
+        (1,)
+    """
+
+    name = "clip_score"
+    needs_images = True
+
+    def __init__(
+        self,
+        model: transformers.CLIPModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        *,
+        text: str | None = None,
+        image_mean: Sequence[float] = _CLIP_MEAN,
+        image_std: Sequence[float] = _CLIP_STD,
+        scale: float = 100.0,
+    ):
+        self.model, self.tokenizer, self.text, self.scale = model.eval(), tokenizer, text, scale
+        self.image_mean = torch.tensor(image_mean)[:, None, None]
+        self.image_std = torch.tensor(image_std)[:, None, None]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | pathlib.Path, **options) -> "CLIPScore":
+        """Loads a `CLIPModel`, its tokenizer, and the normalisation in `preprocessor_config.json` if there is one."""
+        config = pathlib.Path(folder, "preprocessor_config.json")
+        if config.exists():
+            values = json.loads(config.read_text())
+            options = {"image_mean": values["image_mean"], "image_std": values["image_std"]} | options
+        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).float()
+        return cls(model, transformers.CLIPTokenizer.from_pretrained(folder), **options)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
+        """Scores every row."""
+        texts = [self.text or case.prompt for case in cases]
+        distinct = list(dict.fromkeys(texts))
+        window = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(distinct, padding=True, truncation=True, max_length=window, return_tensors="pt")
+        pixels = self._pixels(images)
+        output = self.model(**tokens.to(self.model.device), pixel_values=pixels.to(self.model.device, self.model.dtype))
+        cosine = F.normalize(output.image_embeds.float(), dim=-1) @ F.normalize(output.text_embeds.float(), dim=-1).T
+        chosen = torch.tensor([distinct.index(text) for text in texts], device=cosine.device)
+        return (self.scale * cosine.gather(1, chosen[:, None])[:, 0]).double().cpu().numpy()
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        side = self.model.config.vision_config.image_size
+        images = images.float().cpu()
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return (images - self.image_mean) / self.image_std
+
+
+class ClassProbability:
+    """Probability that a classifier gives to a class.
+
+    Args:
+        classifier: images (row, 3, height, width) in [0, 1] to logits (row, class).
+        labels: the class names, in the order of the logits.
+        target: the class; None is each case's subject, which must then be a label.
+        name: of the metric, in results.
+
+    Example:
+        >>> metric = ClassProbability(lambda images: torch.tensor([[0.0, 0.0]]), labels=["ink", "noto"], target="ink")
+        >>> metric(torch.zeros(1, 3, 8, 8), None, [Case("a cat in ink", subject="ink")]).tolist()
+        [0.5]
+    """
+
+    needs_images = True
+
+    def __init__(
+        self,
+        classifier: nn.Module | Callable[[torch.Tensor], torch.Tensor],
+        labels: Sequence,
+        target: object = None,
+        name: str = "class_probability",
+    ):
+        self.classifier, self.labels, self.target, self.name = classifier, list(labels), target, name
+        if target is not None and target not in self.labels:
+            raise ValueError(f"{target!r} is no label of this classifier; it knows {self.labels}")
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raises a ValueError if a case names no class."""
+        for case in cases:
+            self._index(case)
+
+    def _index(self, case: Case) -> int:
+        label = case.subject if self.target is None else self.target
+        if label not in self.labels:
+            raise ValueError(f"the subject {label!r} is no label of this classifier ({self.labels}): pass target=…")
+        return self.labels.index(label)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
+        """Scores every row."""
+        probabilities = self.classifier(images.float()).double().softmax(-1).cpu()
+        chosen = torch.tensor([self._index(case) for case in cases])
+        return probabilities.gather(1, chosen[:, None])[:, 0].numpy()
+
+
+def metric_name(metric: Metric) -> str:
+    """How results call a metric."""
+    return getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)
+
+
+def default_metric(pipe: DiffusionPipeline) -> Metric:
+    """CLIPScore by the bundled scorer for the bundled pipeline; latent distance for any other."""
+    from mediation import bundled
+
+    return bundled.load_scorer() if bundled.is_bundled(pipe) else LatentDistance()
+
+
+def evaluate(
+    metrics: Sequence[Metric], images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]
+) -> numpy.ndarray:
+    """Values of every metric, (metric, row).
+
+    Raises:
+        ValueError: if a metric does not return one number per row.
+    """
+    values = numpy.empty((len(metrics), len(latents)))
+    for i, metric in enumerate(metrics):
+        found = torch.as_tensor(metric(images, latents, cases)).detach().cpu().double().numpy()
+        if found.shape != (len(latents),):
+            raise ValueError(
+                f"the metric {metric_name(metric)!r} must return one number for each of {len(latents)} rows,"
+                f" but its result has shape {found.shape}"
+            )
+        values[i] = found
+    return values

@@ -1,0 +1,73 @@
+"""Loading a pipeline, and finding what is known of its architecture."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import is_accelerate_available
+
+from mediation.families import FAMILIES
+
+
+def load_pipeline(name: str | pathlib.Path | None = None, **options) -> DiffusionPipeline:
+    """Loads a text-to-image pipeline: the bundled Emoji Diffusion, a local folder, or a hub id.
+
+    Args:
+        name: a pipeline's folder or hub id; None is the bundled model.
+        **options: passed to `DiffusionPipeline.from_pretrained`; without a dtype among them, weights become float32.
+
+    Returns:
+        The pipeline, loaded from safetensors files only, on the CPU and in evaluation mode.
+
+    Raises:
+        ValueError: if the pipeline belongs to no supported family.
+
+    Example:
+        >>> pipe = load_pipeline()
+        >>> pipe.unet.config.sample_size
+        16
+    """
+    if name is None:
+        from mediation.bundled import pipeline_folder
+
+        name = pipeline_folder()
+    options = {"use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()} | options
+    pipe = DiffusionPipeline.from_pretrained(str(name), **options)
+    if not {"torch_dtype", "dtype"} & set(options):
+        pipe.to(torch.float32)
+    family_of(pipe)
+    return pipe
+
+
+def family_of(pipe: DiffusionPipeline) -> type:
+    """The family whose facts describe `pipe`.
+
+    Raises:
+        TypeError: if `pipe` is not a diffusers pipeline.
+        ValueError: if its class belongs to no supported family, or if it lacks a part.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"expected a diffusers pipeline, got {type(pipe).__name__}; see mediation.load_pipeline")
+    for family in FAMILIES:
+        if type(pipe).__name__ in family.pipelines:
+            if problem := family.problem(pipe):
+                raise ValueError(f"this {type(pipe).__name__} cannot be traced: {problem}")
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    raise ValueError(f"no family is known for {type(pipe).__name__}; supported pipelines: {known}")
+
+
+@contextlib.contextmanager
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Silences the pipeline's own progress bar for a while."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

@@ -1,0 +1,177 @@
+"""Plans: everything that a backend needs to know of a trace, checked before any work starts."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from diffusers import DiffusionPipeline
+
+from mediation.cases import TOKEN_GROUPS, Case
+from mediation.metrics import Metric, default_metric
+from mediation.pipelines import family_of
+from mediation.sampling import N_CONTROLS, Intervention, Sampling, clean_groups, token_pairs
+from mediation.sites import Site, resolve
+
+WHOLE = (0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A trace, checked: what to run, and the labels of its results.
+
+    Attributes:
+        cases: the cases, all with the same number of draws.
+        groups: sites that are restored together, one tuple per entry of the `site` dimension.
+        metrics: what is measured.
+        tokens: labels of the `token` dimension, or None.
+        windows: (start, stop) fractions along the `window` dimension, or None.
+        sampling: how images are sampled.
+        batch_size: rows of one call of the pipeline, controls included.
+        several_metrics: whether results have a `metric` dimension.
+        progress: whether to show a progress bar.
+    """
+
+    cases: tuple[Case, ...]
+    groups: tuple[tuple[Site, ...], ...]
+    metrics: tuple[Metric, ...]
+    tokens: tuple[str | int, ...] | None
+    windows: tuple[tuple[float, float], ...] | None
+    sampling: Sampling
+    batch_size: int
+    several_metrics: bool
+    progress: bool
+
+    @property
+    def n_draws(self) -> int:
+        """Draws per case."""
+        return self.cases[0].corruption.draws
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sizes of (site, token, window); a dimension that is absent from results counts 1."""
+        return len(self.groups), len(self.tokens or (None,)), len(self.windows or (None,))
+
+    def interventions(self, pipe: DiffusionPipeline, case: Case) -> Iterator[tuple[tuple[int, int, int], Intervention]]:
+        """Every restoration of a case by its index (site, token, window), but those without a token to restore."""
+        family = family_of(pipe)
+        tokenizers = {encoder: getattr(pipe, name) for encoder, name in family.text_encoders}
+        for i, group in enumerate(self.groups):
+            encoders = [site.network for site in group if site.network in tokenizers]
+            for j, token in enumerate(self.tokens or ("all",)):
+                pairs = None
+                if encoders:
+                    tokenizer = tokenizers[encoders[0]]
+                    groups = clean_groups(tokenizer, case)
+                    positions = groups[token] if isinstance(token, str) else [p for p in groups["all"] if p == token]
+                    pairs = token_pairs(tokenizer, case, positions)
+                    if not pairs:
+                        continue
+                for k, window in enumerate(self.windows or (WHOLE,)):
+                    yield (i, j, k), Intervention(group, pairs, window)
+
+
+def make_plan(
+    pipe: DiffusionPipeline,
+    cases: Case | Sequence[Case],
+    *,
+    sites: Sequence | None,
+    metric: Metric | Sequence[Metric] | None,
+    tokens: str | Sequence[str | int] | None,
+    windows: Sequence[tuple[float, float]] | None,
+    sampling: Sampling,
+    batch_size: int | None,
+    progress: bool,
+) -> Plan:
+    """Checks a trace's arguments against the pipeline. See `mediation.trace` for their meaning and errors."""
+    family = family_of(pipe)
+    cases = (cases,) if isinstance(cases, Case) else tuple(cases)
+    if not cases:
+        raise ValueError("no cases were given: pass at least one mediation.Case")
+    for case in cases:
+        if not isinstance(case, Case):
+            raise TypeError(f"cases are mediation.Case objects, got {type(case).__name__}")
+    if len({case.corruption.draws for case in cases}) > 1:
+        raise ValueError("the cases have different numbers of draws: trace them separately")
+    groups = _check_groups(pipe, sites, tokens, windows)
+    encoders = {encoder for encoder, _ in family.text_encoders}
+    traces_text = any(site.network in encoders for group in groups for site in group)
+    for case in cases:
+        if traces_text and getattr(case.corruption, "where", "input") == "output":
+            raise ValueError(
+                'noise with where="output" enters behind the text encoder, so restoring sites of the text encoder'
+                ' cannot matter: choose sites of the denoiser, or where="input"'
+            )
+        for _, tokenizer in family.text_encoders:  # raises if a subject is truncated
+            clean_groups(getattr(pipe, tokenizer), case)
+            token_pairs(getattr(pipe, tokenizer), case, ())
+    several = metric is not None and not callable(metric)
+    metrics = tuple(metric) if several else (metric or default_metric(pipe),)
+    for found in metrics:
+        if not callable(found):
+            raise TypeError(f"a metric is a function of (images, latents, cases), got {type(found).__name__}")
+        getattr(found, "check", lambda cases: None)(cases)
+    if batch_size is None:
+        # as much activation memory as 32 rows of 32×32 latents, within reason
+        _, height, width = family.latent_shape(pipe)
+        batch_size = max(4, min(32, 32 * 32 * 32 // (height * width)))
+    if batch_size <= N_CONTROLS:
+        raise ValueError(f"batch_size counts the clean and the sham row too: it must be at least 3, got {batch_size}")
+    return Plan(
+        cases=cases,
+        groups=groups,
+        metrics=metrics,
+        tokens=_check_tokens(pipe, cases, tokens),
+        windows=_check_windows(windows),
+        sampling=sampling,
+        batch_size=batch_size,
+        several_metrics=several,
+        progress=progress,
+    )
+
+
+def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
+    encoders = {encoder for encoder, _ in family_of(pipe).text_encoders}
+    groups = resolve(pipe, sites)
+    if tokens is not None and windows is not None:
+        raise ValueError("tokens are places in the text encoder, which runs once; windows are times of the denoiser")
+    if sites is None and tokens is not None:
+        groups = [group for group in groups if group[0].network in encoders]
+    if sites is None and windows is not None:
+        groups = [group for group in groups if group[0].network not in encoders]
+    for group in groups:
+        for site in group:
+            if tokens is not None and site.network not in encoders:
+                raise ValueError(f"tokens restores positions of text-encoder sites, and {site.name!r} has none")
+            if windows is not None and site.network in encoders:
+                raise ValueError(
+                    f"windows restores the denoiser for a while, and {site.name!r} runs only once, before it"
+                )
+    return tuple(groups)
+
+
+def _check_tokens(pipe, cases, tokens) -> tuple[str | int, ...] | None:
+    if tokens is None:
+        return None
+    tokenizer = getattr(pipe, family_of(pipe).text_encoders[0][1])
+    if tokens == "each":
+        return tuple(range(max(clean_groups(tokenizer, case)["eos"][0] for case in cases) + 1))
+    tokens = (tokens,) if isinstance(tokens, str | int) else tuple(tokens)
+    for token in tokens:
+        if isinstance(token, str) and token not in TOKEN_GROUPS:
+            raise ValueError(f'no token group {token!r}; the groups are {", ".join(TOKEN_GROUPS)}, or "each"')
+        if isinstance(token, int) and not 0 <= token < tokenizer.model_max_length:
+            raise ValueError(f"token position {token} is outside the window of {tokenizer.model_max_length}")
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise ValueError(f"tokens must name at least one group or position, each once; got {tokens}")
+    return tokens
+
+
+def _check_windows(windows) -> tuple[tuple[float, float], ...] | None:
+    if windows is None:
+        return None
+    windows = tuple((float(start), float(stop)) for start, stop in windows)
+    for start, stop in windows:
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"a window is (start, stop) with 0 <= start < stop <= 1, got {(start, stop)}")
+    if not windows:
+        raise ValueError("windows is empty: pass None, or a list of (start, stop) fractions of sampling")
+    return windows

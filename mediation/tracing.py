@@ -1,0 +1,148 @@
+"""`trace`: from cases to a labelled map of causal effects, by one of several backends."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+
+import numpy
+import xarray
+from diffusers import DiffusionPipeline
+
+from mediation.cases import Case
+from mediation.effects import warn_of_missing
+from mediation.metrics import Metric, metric_name
+from mediation.plans import Plan, make_plan
+from mediation.restoration import restoration
+from mediation.sampling import Sampling
+from mediation.sites import Site
+
+# A backend returns the values of a plan as `restoration` does.
+BACKENDS: dict[str, Callable[[DiffusionPipeline, Plan], dict[str, numpy.ndarray]]] = {"restoration": restoration}
+
+_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def trace(
+    pipe: DiffusionPipeline,
+    cases: Case | Sequence[Case],
+    *,
+    sites: Sequence[Site | str | Sequence[Site | str]] | None = None,
+    backend: str = "restoration",
+    metric: Metric | Sequence[Metric] | None = None,
+    tokens: str | Sequence[str | int] | None = None,
+    windows: Sequence[tuple[float, float]] | None = None,
+    branch: str = "cond",
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> xarray.Dataset:
+    """Measures what restoring each site brings back of a corrupted subject (causal tracing).
+
+    Three kinds of run share one starting latent: clean, corrupted (the subject's tokens are noised or replaced), and
+    restored (corrupted, but one site's output is the clean run's, at every step). The indirect effect of a site is
+    IE = m(restored) − m(corrupted), the total effect TE = m(clean) − m(corrupted).
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        cases: what to corrupt, one case or several.
+        sites: sites or names; an entry that is itself a list is restored together. None is every site, or every one to
+            which `tokens` or `windows` applies.
+        backend: "restoration".
+        metric: scores a run's outcome, or several such, which adds a `metric` dimension. None is CLIPScore with the
+            prompt for the bundled pipeline, and `LatentDistance` for any other. See `mediation.metrics`.
+        tokens: token groups (bos, before, subject, last_subject, after, eos, padding, all) or positions at which to
+            restore text-encoder sites, or "each" for every position; adds a `token` dimension.
+        windows: (start, stop) fractions of sampling in which to restore sites of the denoiser; adds a `window`
+            dimension.
+        branch: half of the guided batch that is restored in the denoiser: "cond", "uncond" or "both".
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance.
+        batch_size: rows of one call of the pipeline, the clean and the sham row included. None suits the latents' size.
+        progress: shows a progress bar on a terminal.
+
+    Returns:
+        A Dataset with dims (case, draw, site[, token][, window][, metric]): clean and corrupted by (case, draw),
+        restored, and sham, the corrupted run as measured in the same chunk. Coordinates on site: network, component,
+        layer, block, path. The attributes hold what is needed to run it again.
+
+    Raises:
+        TypeError, KeyError, ValueError: before any work, if an argument does not fit the pipeline.
+
+    Example:
+        >>> import mediation
+        >>> pipe = mediation.load_pipeline()
+        >>> case = mediation.Case("a cat in the style of ink", subject="ink")
+        >>> effects = mediation.trace(pipe, case, sites=["unet.mid.0.cross_attention"], num_inference_steps=2)
+        >>> dict(effects.sizes)
+        {'case': 1, 'draw': 1, 'site': 1}
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"no backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    plan = make_plan(
+        pipe,
+        cases,
+        sites=sites,
+        metric=metric,
+        tokens=tokens,
+        windows=windows,
+        sampling=Sampling(num_inference_steps, guidance_scale, branch),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    effects = label(plan, BACKENDS[backend](pipe, plan))
+    effects.attrs = {"backend": backend} | _provenance(pipe, plan)
+    warn_of_missing(effects)
+    return effects
+
+
+def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
+    """Names the dimensions of a backend's values and drops those that the plan does not have."""
+    each = ("case", "draw", "site", "token", "window", "metric")
+    dims = {name: each if array.ndim == len(each) else ("case", "draw", "metric") for name, array in values.items()}
+    effects = xarray.Dataset({name: (dims[name], array) for name, array in values.items()})
+    absent = {"token": plan.tokens is None, "window": plan.windows is None, "metric": not plan.several_metrics}
+    effects = effects.isel({dim: 0 for dim, is_absent in absent.items() if is_absent})
+    effects = effects.assign_coords(
+        case=numpy.arange(len(plan.cases)),
+        draw=numpy.arange(plan.n_draws),
+        prompt=("case", [case.prompt for case in plan.cases]),
+        subject=("case", [case.subject for case in plan.cases]),
+        seed=("case", [case.seed for case in plan.cases]),
+        site=["+".join(site.name for site in group) for group in plan.groups],
+    )
+    # A group takes the coordinates of its first site.
+    for field in ("network", "component", "layer", "block", "path"):
+        effects = effects.assign_coords({field: ("site", [getattr(group[0], field) for group in plan.groups])})
+    if plan.tokens is not None:
+        effects = effects.assign_coords(token=list(plan.tokens))
+    if plan.windows is not None:
+        effects = effects.assign_coords(
+            window=[f"{start:g}–{stop:g}" for start, stop in plan.windows],
+            window_start=("window", [start for start, _ in plan.windows]),
+            window_stop=("window", [stop for _, stop in plan.windows]),
+        )
+    if plan.several_metrics:
+        effects = effects.assign_coords(metric=[metric_name(metric) for metric in plan.metrics])
+    return effects
+
+
+def _provenance(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | float]:
+    scheduler = {"class": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
+    cases = [
+        dataclasses.asdict(case) | {"corruption": {"class": type(case.corruption).__name__, **vars(case.corruption)}}
+        for case in plan.cases
+    ]
+    return {
+        "pipeline": str(pipe.config.get("_name_or_path") or type(pipe).__name__),
+        "pipeline_class": type(pipe).__name__,
+        "dtype": str(pipe.dtype),
+        "device": str(pipe._execution_device),
+        "scheduler": json.dumps(scheduler, default=str),
+        "cases": json.dumps(cases),
+        "metric": ", ".join(metric_name(metric) for metric in plan.metrics),
+        "batch_size": plan.batch_size,
+        **dataclasses.asdict(plan.sampling),
+        "versions": json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}),
+    }

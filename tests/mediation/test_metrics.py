@@ -1,0 +1,71 @@
+"""Metrics against the formula typed anew."""
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from mediation import Case, ClassProbability, CLIPScore, LatentDistance
+from tests import tiny
+
+CASES = [Case("a cat", subject="cat"), Case("a dog in ink style", subject="dog")]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    words = tiny.tokenizer()
+    text = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    return transformers.CLIPModel(config).eval(), words
+
+
+def test_latent_distance_is_the_root_mean_square_to_the_first_row():
+    latents = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = latents.numpy()
+    expected = [-numpy.sqrt(((row - rows[0]) ** 2).mean()) for row in rows]
+    assert LatentDistance()(None, latents, CASES) == pytest.approx(expected)
+
+
+def test_clip_score_is_the_cosine_with_each_rows_own_prompt(clip):
+    model, words = clip
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    scores = CLIPScore(model, words, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))(images, None, CASES)
+    expected = []
+    for image, case in zip(images, CASES, strict=True):
+        pixels = torch.stack([(image[c] - m) / s for c, (m, s) in enumerate([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)])])
+        with torch.no_grad():
+            output = model(**words([case.prompt], return_tensors="pt"), pixel_values=pixels[None])
+        expected.append(100 * F.cosine_similarity(output.image_embeds, output.text_embeds).item())
+    assert scores == pytest.approx(expected, rel=1e-5)
+    assert abs(scores[0] - scores[1]) > 0.01
+
+
+def test_clip_score_takes_another_text_and_resizes_images(clip):
+    model, words = clip
+    images = torch.full((2, 3, 20, 12), 0.25)
+    score = CLIPScore(model, words, text="a dog in ink style")
+    same_case = [CASES[1], CASES[1]]
+    assert score(images, None, CASES) == pytest.approx(CLIPScore(model, words)(images[:, :, :8, :8], None, same_case))
+
+
+def test_class_probability_is_a_softmax_at_the_subject_or_the_target():
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 5.0]])
+    weights = numpy.exp(logits.numpy()) / numpy.exp(logits.numpy()).sum(1, keepdims=True)
+    by_subject = ClassProbability(lambda images: logits, labels=["cat", "dog", "owl"])
+    assert by_subject(torch.zeros(2, 3, 8, 8), None, CASES) == pytest.approx([weights[0, 0], weights[1, 1]])
+    by_target = ClassProbability(lambda images: logits, labels=["cat", "dog", "owl"], target="owl")
+    assert by_target(torch.zeros(2, 3, 8, 8), None, CASES) == pytest.approx([weights[0, 2], weights[1, 2]])
+
+
+def test_a_class_that_is_not_there_is_an_error_before_any_work(tiny_pipe):
+    import mediation
+
+    with pytest.raises(ValueError, match="no label of this classifier"):
+        ClassProbability(lambda images: images, labels=["cat"], target="ink")
+    with pytest.raises(ValueError, match=r"the subject 'dog' is no label.*pass target"):
+        mediation.trace(tiny_pipe, CASES[1], metric=ClassProbability(lambda images: images, labels=["cat"]))
