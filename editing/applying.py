@@ -1,0 +1,135 @@
+"""Writing edits into a pipeline and taking them out again, bit by bit.
+
+Every change keeps a copy of what it replaced, in a stack per parameter. The stacks hang on the module that holds the
+parameter, so they end with it, and pipelines that share a network share them.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from editing.parameters import locate, mismatch, sha256
+
+
+class Update(Protocol):
+    """What an edit does to one parameter."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+
+    def dense(self) -> torch.Tensor:
+        """The change, float64."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Change:
+    edit: object
+    before: torch.Tensor
+    result: str  # SHA-256 of what was written
+
+    def intact(self, weight: torch.Tensor) -> bool:
+        return weight.dtype == self.before.dtype and sha256(weight) == self.result
+
+
+_CHANGES: weakref.WeakKeyDictionary[nn.Module, dict[str, list[_Change]]] = weakref.WeakKeyDictionary()
+
+
+def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], base: Mapping | None) -> None:
+    """Adds an edit's updates to a pipeline's weights: all of them, or none if anything goes wrong.
+
+    Args:
+        pipe: the pipeline.
+        edit: whose updates these are; the same object takes them back.
+        updates: by parameter name.
+        base: fingerprints by parameter name; None skips the comparison.
+
+    Raises:
+        RuntimeError: if this edit is already applied to the pipeline.
+        ValueError: if the pipeline lacks a parameter, or has another base, or the sum overflows its dtype.
+    """
+    places = {name: locate(pipe, name) for name in updates}
+    for name, place in places.items():
+        if any(change.edit is edit for change in _stack(*place)):
+            raise RuntimeError(f"this edit is already applied to {name}: revert it first, or apply edit.scaled(2)")
+        _check(name, place, updates[name], base)
+    with contextlib.ExitStack() as undo:
+        for name, place in places.items():
+            result = _sum(name, _parameter(*place), updates[name])
+            change = _Change(edit, _parameter(*place).detach().clone(), sha256(result))
+            undo.callback(_write, *place, change.before)
+            _write(*place, result)
+            _stack(*place).append(change)
+            undo.callback(_stack(*place).remove, change)
+        undo.pop_all()
+
+
+def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update]) -> None:
+    """Puts back the weights that an edit replaced, bit by bit: all of them, or none.
+
+    Raises:
+        RuntimeError: if the edit is not applied to the pipeline, or the weights were changed since.
+    """
+    places = {name: locate(pipe, name) for name in updates}
+    for name, place in places.items():
+        stack, weight = _stack(*place), _parameter(*place)
+        if not any(change.edit is edit for change in stack):
+            raise RuntimeError(f"this edit is not applied to {name} of this pipeline")
+        if stack[-1].edit is not edit:
+            raise RuntimeError(f"another edit was applied to {name} later, and is still there: revert that one first")
+        if weight.dtype != stack[-1].before.dtype:
+            raise RuntimeError(
+                f"{name} was {stack[-1].before.dtype} when the edit was applied and is {weight.dtype} now: what was"
+                " replaced is gone in this dtype. Load the pipeline again; next time revert before moving it"
+            )
+        if not stack[-1].intact(weight):
+            raise RuntimeError(
+                f"{name} was changed by something else since the edit was applied, and reverting would lose that:"
+                " undo it, or load the pipeline again"
+            )
+    for place in places.values():
+        _write(*place, _stack(*place)[-1].before)
+        _stack(*place).pop()
+
+
+def _check(name: str, place: tuple[nn.Module, str], update: Update, base: Mapping | None) -> None:
+    weight, stack = _parameter(*place), _stack(*place)
+    if tuple(weight.shape) != tuple(update.shape):
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, the edit is for {tuple(update.shape)}")
+    if base is None:
+        return
+    if (problem := mismatch(weight, base[name])) is None:
+        return
+    # Edits made for the same base may lie on top of each other.
+    under = [change.before for change in stack] if stack and stack[-1].intact(weight) else []
+    if all(mismatch(before, base[name]) for before in under):
+        raise ValueError(
+            f"this edit was made for another base model: of {name}, {problem}. Pass force=True to apply it all the same"
+        )
+
+
+def _sum(name: str, weight: torch.Tensor, update: Update) -> torch.Tensor:
+    result = (weight.detach().cpu().double() + update.dense()).to(weight.dtype)
+    if not torch.isfinite(result).all():
+        raise ValueError(f"the edited {name} is not finite in {weight.dtype}: scale the edit down, or use float32")
+    return result
+
+
+@torch.no_grad()
+def _write(module: nn.Module, attribute: str, values: torch.Tensor) -> None:
+    # In place: optimizers, compiled graphs and tied modules keep seeing the same parameter.
+    _parameter(module, attribute).copy_(values)
+
+
+def _parameter(module: nn.Module, attribute: str) -> nn.Parameter:
+    return getattr(module, attribute)
+
+
+def _stack(module: nn.Module, attribute: str) -> list[_Change]:
+    return _CHANGES.setdefault(module, {}).setdefault(attribute, [])

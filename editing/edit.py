@@ -1,0 +1,234 @@
+"""Edits: changes of a pipeline's weights, as values."""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+from diffusers import DiffusionPipeline
+
+from editing import applying, files
+from editing.parameters import canonical, native
+from editing.updates import LowRank
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of some of a pipeline's weights, that can be applied, taken back, scaled, added and saved.
+
+    Attributes:
+        updates: parameter name, as "text_encoder.encoder.layers.0.self_attn.out_proj.weight", -> its change.
+        report: what the edit achieves by its own measure: residual of each pair before and after, interference with
+            what is preserved, rank and norms of each parameter's change, milliseconds by stage.
+        metadata: what is needed to make it again, and fingerprints of the weights that it was made for ("base").
+
+    Example:
+        >>> import editing, mediation
+        >>> pipe = mediation.load_pipeline()
+        >>> edit = editing.quickfix(pipe, {"ink": "noto"})
+        >>> with edit.applied(pipe):
+        ...     image = pipe("a cat in the style of ink", num_inference_steps=2).images[0]
+    """
+
+    updates: Mapping[str, LowRank]
+    report: Mapping
+    metadata: Mapping
+
+    def __post_init__(self):
+        if (based := set(self.metadata["base"])) != set(self.updates):
+            raise ValueError(
+                f"updates and their bases are of different parameters: {sorted(based ^ set(self.updates))}"
+            )
+        for field in ("updates", "report", "metadata"):
+            object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
+
+    def __reduce__(self):
+        return Edit, (dict(self.updates), dict(self.report), dict(self.metadata))
+
+    def __repr__(self) -> str:
+        rank = max((update.rank for update in self.updates.values()), default=0)
+        plural = "" if len(self.updates) == 1 else "s"
+        return f"<Edit by {self.metadata['method']}: {len(self.updates)} parameter{plural}, rank {rank}>"
+
+    def apply(self, pipe: DiffusionPipeline, *, force: bool = False) -> None:
+        """Adds the change to the pipeline's weights, in place.
+
+        The sum is taken in float64 and rounded once to the weights' dtype. If it fails, no weight is changed.
+
+        Args:
+            pipe: a pipeline with the weights that the edit was made for, in any dtype, edited by others or not.
+            force: applies the edit to other weights too.
+
+        Raises:
+            RuntimeError: if this edit is already applied to the pipeline.
+            ValueError: if the pipeline lacks a parameter or has other weights, or the sum overflows its dtype.
+
+        Example:
+            >>> import editing, mediation
+            >>> pipe = mediation.load_pipeline()
+            >>> edit = editing.quickfix(pipe, {"ink": "noto"})
+            >>> edit.apply(pipe)
+            >>> edit.revert(pipe)
+        """
+        applying.apply(pipe, self, self.updates, None if force else self.metadata["base"])
+
+    def revert(self, pipe: DiffusionPipeline) -> None:
+        """Puts the weights back that the edit replaced, bit by bit.
+
+        Edits of the same parameter are taken back in reverse order; edits of different parameters in any order.
+
+        Raises:
+            RuntimeError: if the edit is not applied to this pipeline, or another edit of the same parameter was
+                applied later, or the weights were changed or moved to another dtype since.
+
+        Example:
+            >>> import editing, mediation
+            >>> pipe = mediation.load_pipeline()
+            >>> edit = editing.quickfix(pipe, {"ink": "noto"})
+            >>> edit.revert(pipe)
+            Traceback (most recent call last):
+            RuntimeError: this edit is not applied to text_encoder...
+        """
+        applying.revert(pipe, self, self.updates)
+
+    @contextlib.contextmanager
+    def applied(self, pipe: DiffusionPipeline, *, force: bool = False) -> Iterator[DiffusionPipeline]:
+        """Applies the edit for the length of a `with` block, whatever happens in it.
+
+        Args:
+            pipe: as for `apply`.
+            force: as for `apply`.
+
+        Yields:
+            The pipeline.
+
+        Raises:
+            RuntimeError: as `apply` and `revert` do.
+            ValueError: as `apply` does.
+
+        Example:
+            >>> import editing, mediation
+            >>> pipe = mediation.load_pipeline()
+            >>> ink, cat = editing.quickfix(pipe, {"ink": "noto"}), editing.quickfix(pipe, {"cat": "dog"})
+            >>> with ink.applied(pipe), cat.applied(pipe):
+            ...     image = pipe("a cat in the style of ink", num_inference_steps=2).images[0]
+        """
+        self.apply(pipe, force=force)
+        try:
+            yield pipe
+        finally:
+            self.revert(pipe)
+
+    def scaled(self, factor: float) -> "Edit":
+        """The edit with `factor` times its change; its residuals are not known.
+
+        Raises:
+            ValueError: if `factor` is not finite.
+
+        Example:
+            >>> import editing, mediation
+            >>> edit = editing.quickfix(mediation.load_pipeline(), {"ink": "noto"})
+            >>> edit.scaled(0.5).metadata["factor"]
+            0.5
+        """
+        if not math.isfinite(factor):
+            raise ValueError(f"the factor must be finite, got {factor}")
+        base = self.metadata["base"]
+        updates = {name: update.scaled(factor) for name, update in self.updates.items()}
+        metadata = {"method": "scaled", "factor": float(factor), "of": [self._origin()], "base": base}
+        return Edit(updates, {"parameters": measure(updates, base)}, metadata)
+
+    def __add__(self, other: "Edit") -> "Edit":
+        """Both edits at once; they must be made for the same base.
+
+        Raises:
+            ValueError: if they change a common parameter of different bases.
+        """
+        if not isinstance(other, Edit):
+            return NotImplemented
+        updates, base = dict(self.updates), self.metadata["base"] | other.metadata["base"]
+        for name, update in other.updates.items():
+            if name in updates and self.metadata["base"][name] != other.metadata["base"][name]:
+                raise ValueError(f"the edits were made for different bases: they disagree on {name}")
+            updates[name] = updates[name] + update if name in updates else update
+        metadata = {"method": "sum", "of": [self._origin(), other._origin()], "base": base}
+        return Edit(updates, {"parameters": measure(updates, base)}, metadata)
+
+    def _origin(self) -> dict:
+        return {key: value for key, value in self.metadata.items() if key != "base"}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the edit to one safetensors file: its factors, and everything else as JSON in the header.
+
+        Args:
+            path: ends in ".safetensors".
+
+        Raises:
+            ValueError: if `path` ends otherwise.
+
+        Example:
+            >>> import editing, mediation, tempfile
+            >>> edit = editing.quickfix(mediation.load_pipeline(), {"ink": "noto"})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     edit.save(f"{folder}/ink.safetensors")
+            ...     editing.load(f"{folder}/ink.safetensors").metadata["pairs"]
+            {'ink': 'noto'}
+        """
+        tensors = {
+            f"{canonical(name)}.{factor}": getattr(update, factor)
+            for name, update in self.updates.items()
+            for factor in ("up", "down")
+        }
+        header = {"metadata": dict(self.metadata), "report": dict(self.report)}
+        files.write(path, tensors, _renamed(header, canonical))
+
+
+def load(path: str | os.PathLike) -> Edit:
+    """Reads an edit that `Edit.save` wrote; nothing in the file is ever run.
+
+    Args:
+        path: ends in ".safetensors".
+
+    Returns:
+        The edit, with parameter names in the layout of the installed transformers.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no edit file, or is truncated, or was changed since it was written.
+
+    Example:
+        >>> import editing, mediation, tempfile
+        >>> pipe = mediation.load_pipeline()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     editing.quickfix(pipe, {"ink": "noto"}).save(f"{folder}/ink.safetensors")
+        ...     edit = editing.load(f"{folder}/ink.safetensors")
+        >>> with edit.applied(pipe):
+        ...     image = pipe("a cat in the style of ink", num_inference_steps=2).images[0]
+    """
+    tensors, header = files.read(path)
+    local = {name: native(name, record["network"]) for name, record in header["metadata"]["base"].items()}
+    updates = {local[name]: LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in local}
+    return Edit(updates, **_renamed(header, local.__getitem__))
+
+
+def measure(updates: Mapping[str, LowRank], base: Mapping[str, Mapping]) -> dict[str, dict]:
+    """Rank and Frobenius norm of every update, and the norm relative to the weight that it changes."""
+    measures = {}
+    for name, update in updates.items():
+        norm, whole = update.norm(), base[name]["norm"]
+        measures[name] = {"rank": update.rank, "norm": norm, "relative_norm": norm / whole if whole else None}
+    return measures
+
+
+def _renamed(header: Mapping[str, Mapping], rename: Callable[[str], str]) -> dict[str, dict]:
+    """The header with other parameter names, wherever it names parameters."""
+    tables = {"metadata": "base", "report": "parameters"}
+    return {
+        section: {
+            key: {rename(name): record for name, record in value.items()} if key == tables[section] else value
+            for key, value in content.items()
+        }
+        for section, content in header.items()
+    }
