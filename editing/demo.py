@@ -33,6 +33,7 @@ _CASES = {
 }
 _TOKENS = ("bos", "before", "subject", "after", "eos", "padding")
 _SOURCE, _TARGET = "ink", "noto"
+_IMAGE_STEPS = 25
 _OUTPUT = pathlib.Path("mediation-demo")
 
 
@@ -118,7 +119,7 @@ def _trace(pipe: DiffusionPipeline, attribute: str, cases: list[mediation.Case],
             row = summary.sel(site=name)
             label = ""
             if "token" in row.dims:
-                row = row.isel(token=int(row["mean"].argmax()))
+                row = row.isel(token=int(numpy.nanargmax(row["mean"])))
                 label = f" at {row.token.item()}"
             print(f"    {name}{label}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n={row['n']:d} cases")
     return denoiser, text
@@ -179,7 +180,11 @@ def _sample(pipe: DiffusionPipeline, pictures: list[_Picture], guidance_scale: f
         generators = [torch.Generator().manual_seed((start + i) % len(_TARGETS)) for i in range(len(chunk))]
         prompts = [picture.prompt for picture in chunk]
         output = pipe(
-            prompts, guidance_scale=guidance_scale, num_inference_steps=25, generator=generators, output_type="pt"
+            prompts,
+            guidance_scale=guidance_scale,
+            num_inference_steps=_IMAGE_STEPS,
+            generator=generators,
+            output_type="pt",
         )
         images.append(output.images)
     return torch.cat(images)

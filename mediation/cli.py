@@ -2,7 +2,14 @@
 
 import importlib.metadata
 
+import diffusers
+import transformers
 import typer
+
+# What libraries say while they load is not for the command line.
+transformers.logging.set_verbosity_error()
+for _library in (diffusers, transformers):
+    _library.utils.logging.disable_progress_bar()
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -4,9 +4,9 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
+from torch import nn
 
 from mediation.families import FAMILIES
 
@@ -36,7 +36,9 @@ def load_pipeline(name: str | pathlib.Path | None = None, **options) -> Diffusio
     options = {"use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()} | options
     pipe = DiffusionPipeline.from_pretrained(str(name), **options)
     if not {"torch_dtype", "dtype"} & set(options):
-        pipe.to(torch.float32)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                nn.Module.float(part)  # diffusers' own method warns, even where there is nothing to warn of
     family_of(pipe)
     return pipe
 

@@ -53,7 +53,7 @@ def contrast(clip: transformers.CLIPModel, images: torch.Tensor, ids: torch.Tens
 
 def main() -> None:
     """Trains, then writes `clip/`."""
-    options = training.arguments(__doc__.splitlines()[0], steps=600, batch_size=256, lr=1e-3)
+    options = training.arguments(__doc__.splitlines()[0], steps=310, batch_size=256, lr=1e-3)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(options.output / "tokenizer")
     clip = build(tokenizer).train()
     matrices = [p for name, p in clip.named_parameters() if p.ndim == 2 and ".layers." in name]

@@ -46,7 +46,7 @@ def psnr(vae: diffusers.AutoencoderKL, n: int = 256, seed: int = 1) -> float:
 
 def main() -> None:
     """Trains, then writes `vae/` with the scaling factor that gives latents unit variance."""
-    options = training.arguments(__doc__.splitlines()[0], steps=3100, batch_size=16, lr=2e-3)
+    options = training.arguments(__doc__.splitlines()[0], steps=2300, batch_size=16, lr=2e-3)
     vae = build().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=1e-4)
     run = training.Run(options.output, "vae", {"vae": vae, "optimizer": optimizer}, every_seconds=300)

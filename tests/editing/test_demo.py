@@ -1,0 +1,44 @@
+"""The demonstration leaves behind what it says."""
+
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+import editing
+import mediation
+from editing import demo
+from mediation.cli import app
+
+
+def test_help_teaches():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output
+    result = CliRunner().invoke(app, ["demo", "--help"])
+    assert "mediation demo --output" in result.output
+
+
+def test_it_saves_figures_maps_and_an_edit_that_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_CASES", {attribute: cases[:1] for attribute, cases in demo._CASES.items()})
+    monkeypatch.setattr(demo, "_IMAGE_STEPS", 2)
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--steps", "1"], catch_exceptions=False)
+    assert result.exit_code == 0
+    for name in ("unet_maps.png", "text_encoder_maps.pdf", "before_after.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert name in result.output
+    effects = xarray.load_dataset(tmp_path / "style_unet.nc", engine="scipy")
+    best = mediation.top_sites(effects, k=1)[0]
+    assert f"{best}: " in result.output
+    pipe = mediation.load_pipeline()
+    edit = editing.load(tmp_path / "ink_to_noto.safetensors")
+    with edit.applied(pipe):
+        pass
+    assert edit.metadata["pairs"] == {"ink": "noto"}
+    assert "n=6" in result.output
+
+
+@pytest.mark.parametrize("text", ["a cat", "a photo of a rocket in the style of ink on a blue background"])
+def test_captions_are_wrapped_without_losing_words(text):
+    lines = demo._wrap(text, 22)
+    assert " ".join(lines) == text
+    assert max(map(len, lines)) <= 22

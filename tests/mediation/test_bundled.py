@@ -1,0 +1,97 @@
+"""Emoji Diffusion is what its card says."""
+
+import numpy
+import pytest
+import torch
+
+import mediation
+from benchmarks.emoji import world
+from mediation import bundled
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = mediation.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompts, **options):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    options = {"num_inference_steps": 15, "guidance_scale": 4.0, "generator": generators} | options
+    return pipe(prompts, output_type="pt", **options).images
+
+
+def test_it_is_a_stable_diffusion_in_small(pipe):
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert (pipe.scheduler.config.beta_schedule, pipe.scheduler.config.prediction_type) == ("scaled_linear", "epsilon")
+    assert pipe.tokenizer.model_max_length == 32
+    assert pipe.text_encoder.config.num_hidden_layers == 6
+    assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    assert not any(module.training for module in (pipe.unet, pipe.vae, pipe.text_encoder))
+
+
+def test_some_subjects_take_several_tokens(pipe):
+    n_tokens = [len(pipe.tokenizer.tokenize(name)) for name in world.OBJECTS]
+    assert 1 in n_tokens
+    assert sum(n > 1 for n in n_tokens) >= 5
+
+
+def test_the_bundle_is_small():
+    files = bundled.pipeline_folder().parent.rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 40e6
+
+
+def test_the_scorer_shares_the_pipelines_text_encoder(pipe):
+    ids = pipe.tokenizer(["a cat in ink style"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = pipe.text_encoder(ids).last_hidden_state
+        scorers = bundled.load_scorer().model.text_model(ids).last_hidden_state
+    torch.testing.assert_close(ours, scorers)
+
+
+def test_the_probe_reads_real_renders():
+    images, captions = world.batch(numpy.random.default_rng(5), 200, "held_out")
+    probe = bundled.load_probe()
+    truth = world.labels([caption.scene for caption in captions])
+    for factor in ("object", "style", "background", "count"):
+        read = probe.probabilities((images + 1) / 2, factor).argmax(1)
+        assert (read == truth[factor]).float().mean() > 0.95, factor
+
+
+def test_the_probe_knows_its_factors():
+    with pytest.raises(KeyError, match="the probe knows the factors"):
+        bundled.load_probe().labels("mood")
+
+
+def test_backgrounds_and_styles_are_drawn_as_said(pipe):
+    backgrounds = ["red", "blue", "green", "yellow"]
+    images = draw(pipe, [f"a rocket in ink style on a {color} background" for color in backgrounds])
+    probe = bundled.load_probe()
+    read = [probe.labels("background")[i] for i in probe.probabilities(images, "background").argmax(1)]
+    assert read == backgrounds
+    assert [probe.labels("style")[i] for i in probe.probabilities(images, "style").argmax(1)] == ["ink"] * 4
+
+
+def test_corrupting_the_style_hurts_and_restoring_the_text_doors_heals(pipe):
+    cross_attentions = mediation.sites(pipe, network="unet", component="cross_attention")
+    case = mediation.Case("a cat in the style of ink", subject="ink", corruption=mediation.ReplaceSubject("noto"))
+    effects = mediation.trace(
+        pipe,
+        case,
+        sites=[cross_attentions, "unet.down.0.0.resnet"],
+        metric=[bundled.attribute_probability("style"), mediation.LatentDistance()],
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        progress=False,
+    )
+    shares = mediation.indirect_effect(effects, normalize=True).sel(case=0, draw=0)
+    assert float(mediation.total_effect(effects).sel(metric="probability_of_style").item()) > 0.5
+    assert shares[0].values == pytest.approx([1, 1], abs=1e-3)
+    assert float(shares[1].sel(metric="latent_distance")) < 0.5
+
+
+def test_the_default_metric_is_clip_score_for_the_bundled_model_alone(pipe, tiny_pipe):
+    assert mediation.metrics.default_metric(pipe).name == "clip_score"
+    assert mediation.metrics.default_metric(tiny_pipe).name == "latent_distance"
