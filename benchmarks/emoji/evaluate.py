@@ -14,11 +14,11 @@ import time
 import numpy
 import torch
 from PIL import Image
-from scipy import stats
 from tqdm import tqdm
 
 import mediation
-from benchmarks.emoji import train_probe, train_vae, world
+from benchmarks.emoji import train_vae, world
+from benchmarks.emoji.judging import hits, interval, on_renders
 from mediation import bundled
 
 # the one guidance scale that is used and reported
@@ -44,23 +44,6 @@ def judged(caption: world.Caption, factor: str) -> bool:
     if factor == "fact":
         return "fact" in caption.said
     return factor in caption.said or (factor == "background" and "background" not in caption.said)
-
-
-def hits(probe, images: torch.Tensor, captions: list[world.Caption]) -> dict[str, torch.Tensor]:
-    """For each factor, whether the probe reads what the caption says, over the captions that say it."""
-    logits = [probe(chunk) for chunk in images.split(100)]
-    predicted = {factor: torch.cat([chunk[factor] for chunk in logits]).argmax(1) for factor in world.FACTORS}
-    truth = world.labels([caption.scene for caption in captions])
-    right = {factor: predicted[factor] == truth[factor] for factor in truth} | {
-        "fact": predicted["object"] == truth["object"]
-    }
-    return {f: right[f][torch.tensor([judged(caption, f) for caption in captions])] for f in right}
-
-
-def interval(values: torch.Tensor) -> dict[str, float | int]:
-    """A proportion with its 95% Wilson interval."""
-    low, high = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return {"accuracy": values.float().mean().item(), "low": low, "high": high, "n": len(values)}
 
 
 def sheet(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
@@ -96,8 +79,12 @@ def main() -> None:
         pipe, [c.text for c in captions], seed=options.seed, steps=options.steps, guidance_scale=options.guidance_scale
     )
     seconds = time.monotonic() - started
-    generated = {factor: interval(values) for factor, values in hits(probe, images, captions).items()}
-    real = train_probe.accuracy(probe)
+    right = hits(probe, images, [caption.scene for caption in captions])
+    generated = {
+        factor: interval(values[torch.tensor([judged(caption, factor) for caption in captions])])
+        for factor, values in right.items()
+    }
+    real = on_renders(probe)
     report = {
         "captions": options.captions,
         "steps": options.steps,
@@ -119,7 +106,7 @@ def main() -> None:
         target = f"target {TARGETS[factor]:.0%}" if factor in TARGETS else ""
         print(
             f"{factor:>10} {values['accuracy']:6.1%} [{values['low']:.1%}, {values['high']:.1%}] n={values['n']:<4}"
-            f" {target:<12} probe on renders {real[factor]:.1%}"
+            f" {target:<12} probe on renders {real[factor]['accuracy']:.1%}"
         )
     print(f"VAE PSNR on held-out renders {report['vae_psnr']:.2f} dB; {options.output / 'samples.png'}")
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.emoji import training, world
+from benchmarks.emoji.judging import on_renders
 from mediation.bundled.probe import AttributeProbe
 
 
@@ -22,20 +23,6 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     images = images * (1 + 0.06 * torch.randn(n, 3, 1, 1).clamp(-1, 1))
     images = images + torch.rand(n, 1, 1, 1) * 0.05 * torch.randn_like(images)
     return torch.where(torch.rand(n, 1, 1, 1) < 1 / 3, clean, images)
-
-
-@torch.no_grad()
-def accuracy(probe: AttributeProbe, n: int = 2048, seed: int = 1) -> dict[str, float]:
-    """Accuracy by factor on `n` renders of triples that training never shows; "fact" is the object named by a fact."""
-    images, captions = world.batch(numpy.random.default_rng(seed), n, "held_out")
-    scenes = [caption.scene for caption in captions]
-    logits = [probe((chunk + 1) / 2) for chunk in images.split(256)]
-    right = {}
-    for factor, truth in world.labels(scenes).items():
-        right[factor] = torch.cat([chunk[factor].argmax(1) for chunk in logits]) == truth
-    named = torch.tensor([scene.fact is not None for scene in scenes])
-    right["fact"] = right["object"][named]
-    return {factor: values.float().mean().item() for factor, values in right.items()}
 
 
 def main() -> None:
@@ -63,7 +50,7 @@ def main() -> None:
             run.save()
     run.save()
     probe.eval()
-    run.log(**accuracy(probe))
+    run.log(**{factor: found["accuracy"] for factor, found in on_renders(probe).items()})
     probe.save_pretrained(options.output / "probe")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from benchmarks.emoji import evaluate, world
+from benchmarks.emoji import evaluate, judging, world
 from benchmarks.emoji.world import Caption, Scene
 
 
@@ -99,7 +99,7 @@ def test_evaluation_judges_what_captions_say():
 
 def test_the_interval_is_wilsons():
     """Eight of ten, 95%: (0.490, 0.943), as Wilson's formula gives by hand."""
-    found = evaluate.interval(torch.tensor([True] * 8 + [False] * 2))
+    found = judging.interval(torch.tensor([True] * 8 + [False] * 2))
     z, p, n = 1.959964, 0.8, 10
     centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     assert found["n"] == 10
