@@ -18,10 +18,12 @@ class GaussianNoise:
     """Adds Gaussian noise to the subject's tokens (Basu et al. 2024, arXiv:2310.13730; ROME, arXiv:2202.05262).
 
     Args:
-        scale: standard deviation of the noise, in standard deviations of what it is added to: the token embedding table
-            for `where="input"`, the encoder's output for this prompt for `where="output"`.
+        scale: standard deviation of the noise, in standard deviations of what it is added to: an encoder's token
+            embedding table for `where="input"`, its output for this prompt for `where="output"`.
         draws: independent noises per case.
-        where: "input" corrupts the text encoder's token embeddings, "output" what the denoiser reads.
+        where: "input" corrupts the token embeddings of every text encoder, "output" what the denoiser reads: each
+            encoder's states at the subject's tokens and, where there is one, the pooled embedding as a whole, since it
+            carries the subject too and has no tokens.
 
     Example:
         >>> GaussianNoise(scale=3.0, draws=2)
@@ -40,9 +42,9 @@ class GaussianNoise:
         if self.where not in ("input", "output"):
             raise ValueError(f'where must be "input" or "output", got {self.where!r}')
 
-    def noise(self, shape: tuple[int, ...], seed: int, draw: int) -> torch.Tensor:
-        """Standard normal noise that depends on the case's seed and the draw alone, never on the batch."""
-        state = int(numpy.random.SeedSequence([seed, draw]).generate_state(1, numpy.uint64)[0])
+    def noise(self, shape: tuple[int, ...], seed: int, draw: int, stream: int = 0) -> torch.Tensor:
+        """Standard normal noise that depends on the case's seed, the draw and the stream alone, never on the batch."""
+        state = int(numpy.random.SeedSequence([seed, draw, stream]).generate_state(1, numpy.uint64)[0])
         return torch.randn(shape, generator=torch.Generator().manual_seed(state % 2**63))
 
 

@@ -26,6 +26,9 @@ def total_effect(effects: xarray.Dataset) -> xarray.DataArray:
 def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarray.DataArray:
     """IE = m(restored) − m(corrupted), signed, by (case, draw, site[, token][, window][, metric]).
 
+    Of knocked-out runs, it is IE = m(clean) − m(knocked out): what is lost without the site. Either way, a site that
+    carries everything has IE = TE, and one that does not matter has IE = 0.
+
     Args:
         effects: from `mediation.trace`.
         normalize: divides by the mean total effect, so that the mean over cases and draws is the ratio of means,
@@ -40,7 +43,10 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
         [[[0.5, 0.0]]]
     """
     _check(effects)
-    indirect = (effects.restored - effects.corrupted).rename("indirect_effect")
+    if is_knock_out(effects):
+        indirect = (effects.clean - effects.restored).rename("indirect_effect")
+    else:
+        indirect = (effects.restored - effects.corrupted).rename("indirect_effect")
     if not normalize:
         return indirect
     total = total_effect(effects)
@@ -50,9 +56,17 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
 
 
 def noise_floor(effects: xarray.Dataset) -> xarray.DataArray:
-    """The largest |m(sham) − m(corrupted)|: by how much batching alone moves the metric; a scalar, or by metric."""
-    difference = abs(effects.sham - effects.corrupted)
+    """By how much batching alone moves the metric: the largest difference from the sham row; a scalar, or by metric.
+
+    The sham row equals the corrupted run or, where sites are knocked out of clean runs, the clean run.
+    """
+    difference = abs(effects.sham - (effects.clean if is_knock_out(effects) else effects.corrupted))
     return difference.max([dim for dim in difference.dims if dim != "metric"])
+
+
+def is_knock_out(effects: xarray.Dataset) -> bool:
+    """Whether `restored` holds clean runs with a site knocked out, as the attribute `mode` says."""
+    return effects.attrs.get("mode", "restore") == "knock_out"
 
 
 def summarize(
@@ -81,7 +95,8 @@ def summarize(
 
     Returns:
         A Dataset over `by` [and token, window, metric]: mean, low, high, n (cases that count), and noise_floor; total,
-        total_low and total_high say the same of the total effect. With a single case, low and high are NaN.
+        total_low and total_high say the same of the total effect. With a single case, low and high are NaN. The
+        attribute `mode` says which indirect effect this is: restore (sufficiency) or knock_out (necessity).
 
     Raises:
         ValueError: if an argument is not one of the above.
@@ -112,7 +127,8 @@ def summarize(
     for name, value in zip(("total", "total_low", "total_high"), _interval(total, None, **options), strict=True):
         summary[name] = value
     what = "indirect effect / total effect" if normalize else "indirect effect"
-    return summary.assign_attrs(options | {"quantity": what, "metric": effects.attrs.get("metric", "")})
+    mode = "knock_out" if is_knock_out(effects) else "restore"
+    return summary.assign_attrs(options | {"quantity": what, "mode": mode, "metric": effects.attrs.get("metric", "")})
 
 
 def _interval(values: xarray.DataArray, total: xarray.DataArray | None, *, confidence, n_resamples, method, seed):

@@ -1,31 +1,49 @@
 """Forward hooks: the only file that registers them, and it always removes them."""
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
+Change = Callable[[torch.Tensor], torch.Tensor]
+
 
 @contextlib.contextmanager
-def hooked(changes: Iterable[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]) -> Iterator[None]:
-    """Passes modules' outputs through functions for a while; of a tuple, the first entry is the output.
+def hooked(
+    outputs: Iterable[tuple[nn.Module, Change]] = (), *, inputs: Iterable[tuple[nn.Module, Change]] = ()
+) -> Iterator[collections.Counter]:
+    """Passes what modules give, or receive, through functions for a while.
+
+    These hooks sit next to the module: hooks that others left on it see the changed output, and have already seen the
+    input.
 
     Args:
-        changes: (module, function) pairs. A function returns the tensor that takes the place of the module's output.
+        outputs: (module, function) pairs; a function returns the tensor that takes the place of the module's output. Of
+            a tuple, the first entry is the output; tensors in an inner tuple, as a U-Net block's skip connections, go
+            through the function too.
+        inputs: likewise for the module's first positional argument.
+
+    Yields:
+        How often each module has run so far.
 
     Example:
         >>> layer = nn.Identity()
-        >>> with hooked([(layer, lambda output: output + 1)]):
-        ...     layer(torch.zeros(2))
-        tensor([1., 1.])
+        >>> with hooked([(layer, lambda output: output + 1)]) as n_calls:
+        ...     layer(torch.zeros(2)), n_calls[layer]
+        (tensor([1., 1.]), 1)
         >>> layer(torch.zeros(2))
         tensor([0., 0.])
     """
+    n_calls = collections.Counter()
     with contextlib.ExitStack() as stack:
-        for module, function in changes:
-            stack.callback(module.register_forward_hook(_on_output(function)).remove)
-        yield
+        for module, function in outputs:
+            # First, since transformers leaves a hook on every layer that records hidden states.
+            stack.callback(module.register_forward_hook(_on_output(function, n_calls), prepend=True).remove)
+        for module, function in inputs:
+            stack.callback(module.register_forward_pre_hook(_on_input(function, n_calls)).remove)
+        yield n_calls
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> torch.Tensor:
@@ -59,10 +77,20 @@ class _Reached(Exception):
         self.value = value
 
 
-def _on_output(function: Callable[[torch.Tensor], torch.Tensor]):
-    def hook(_module, _arguments, output):
-        if isinstance(output, tuple):
-            return (function(output[0]), *output[1:])
-        return function(output)
+def _on_output(function: Change, n_calls: collections.Counter):
+    def hook(module, _arguments, output):
+        n_calls[module] += 1
+        if not isinstance(output, tuple):
+            return function(output)
+        first, *others = output
+        return function(first), *(tuple(map(function, one)) if isinstance(one, tuple) else one for one in others)
+
+    return hook
+
+
+def _on_input(function: Change, n_calls: collections.Counter):
+    def hook(module, arguments):
+        n_calls[module] += 1
+        return function(arguments[0]), *arguments[1:]
 
     return hook

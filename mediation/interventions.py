@@ -1,45 +1,66 @@
-"""Interventions on the rows of a batch: pure functions of the rows and of the clean row among them."""
+"""Interventions on the rows of a batch: pure functions of the rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 
-def restore(rows: torch.Tensor, clean: int, copies: Mapping[int, Sequence[tuple[int, int]] | None]) -> torch.Tensor:
-    """Copies the clean row's activation into other rows.
+class Copy(NamedTuple):
+    """An activation that one row takes from another.
+
+    Attributes:
+        source: the row that gives.
+        target: the row that takes.
+        pairs: (position in the source, position in the target) of each token to copy; None copies all positions.
+        features: the part of the last dimension to copy.
+    """
+
+    source: int
+    target: int
+    pairs: tuple[tuple[int, int], ...] | None = None
+    features: slice = slice(None)
+
+
+def restore(rows: torch.Tensor, copies: Iterable[Copy]) -> torch.Tensor:
+    """Copies activations between rows; sources are read as they were.
 
     Args:
-        rows: activations, (row, …); where tokens are paired, (row, token, …).
-        clean: index of the clean row.
-        copies: for each row to change, the (clean position, position in that row) of each token to copy; None copies
-            the whole row.
+        rows: activations, (row, …); where tokens are paired, (row, token, feature).
+        copies: what goes where.
 
     Returns:
         A new tensor.
 
     Example:
-        >>> restore(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), clean=0, copies={1: [(0, 1)]})
-        tensor([[1., 2.],
-                [3., 1.]])
+        >>> rows = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+        >>> restore(rows, [Copy(source=0, target=1, pairs=((0, 1),))]).flatten().tolist()
+        [1.0, 2.0, 3.0, 1.0]
     """
-    rows = rows.clone()
-    for row, pairs in copies.items():
-        if pairs is None:
-            rows[row] = rows[clean]
-        elif pairs:
-            source, target = map(list, zip(*pairs, strict=True))
-            rows[row, target] = rows[clean, source]
-    return rows
+    changed = rows.clone()
+    for copy in copies:
+        if copy.pairs is None:
+            changed[copy.target, ..., copy.features] = rows[copy.source, ..., copy.features]
+        elif copy.pairs:
+            source, target = map(list, zip(*copy.pairs, strict=True))
+            changed[copy.target, target, copy.features] = rows[copy.source, source, copy.features]
+    return changed
 
 
-def add(rows: torch.Tensor, chosen: Sequence[int], positions: Sequence[int], values: torch.Tensor) -> torch.Tensor:
-    """Adds `values`, (position, …), to the given token positions of the chosen rows.
+def add(
+    rows: torch.Tensor,
+    chosen: Iterable[int],
+    positions: Sequence[int],
+    values: torch.Tensor,
+    features: slice = slice(None),
+) -> torch.Tensor:
+    """Adds `values`, (position, feature), to the given token positions and features of the chosen rows.
 
     Example:
         >>> add(torch.zeros(2, 2, 1), chosen=[1], positions=[0], values=torch.ones(1, 1)).flatten().tolist()
         [0.0, 0.0, 1.0, 0.0]
     """
-    rows = rows.clone()
+    changed = rows.clone()
     for row in chosen:
-        rows[row, list(positions)] += values.to(rows)
-    return rows
+        changed[row, list(positions), features] += values.to(rows)
+    return changed

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from mediation.families import FAMILIES
 
@@ -55,10 +56,20 @@ def family_of(pipe: DiffusionPipeline) -> type:
     for family in FAMILIES:
         if type(pipe).__name__ in family.pipelines:
             if problem := family.problem(pipe):
-                raise ValueError(f"this {type(pipe).__name__} cannot be traced: {problem}")
+                raise ValueError(f"this {type(pipe).__name__} cannot be used: {problem}")
             return family
+        if type(pipe).__name__ in family.image_pipelines:
+            raise ValueError(
+                f"a {type(pipe).__name__} starts from an image, which a case does not have; use its networks as text to"
+                f" image, with diffusers.{family.pipelines[0]}.from_pipe(pipe)"
+            )
     known = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise ValueError(f"no family is known for {type(pipe).__name__}; supported pipelines: {known}")
+
+
+def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer of every text encoder, by the encoder's name, in the order in which they run."""
+    return {encoder: getattr(pipe, tokenizer) for encoder, tokenizer in family_of(pipe).text_encoders}
 
 
 @contextlib.contextmanager

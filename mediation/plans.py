@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from diffusers import DiffusionPipeline
 
 from mediation.cases import TOKEN_GROUPS, Case
+from mediation.encoding import clean_groups, token_pairs
+from mediation.guards import check_traceable
 from mediation.metrics import Metric, default_metric
-from mediation.pipelines import family_of
-from mediation.sampling import N_CONTROLS, Intervention, Sampling, clean_groups, token_pairs
+from mediation.pipelines import family_of, tokenizers_of
+from mediation.rows import MODES, N_CONTROLS, Intervention
+from mediation.sampling import Sampling
 from mediation.sites import Site, resolve
 
 WHOLE = (0.0, 1.0)
@@ -24,6 +27,7 @@ class Plan:
         metrics: what is measured.
         tokens: labels of the `token` dimension, or None.
         windows: (start, stop) fractions along the `window` dimension, or None.
+        mode: "restore" or "knock_out", as of every intervention.
         sampling: how images are sampled.
         batch_size: rows of one call of the pipeline, controls included.
         several_metrics: whether results have a `metric` dimension.
@@ -35,6 +39,7 @@ class Plan:
     metrics: tuple[Metric, ...]
     tokens: tuple[str | int, ...] | None
     windows: tuple[tuple[float, float], ...] | None
+    mode: str
     sampling: Sampling
     batch_size: int
     several_metrics: bool
@@ -51,22 +56,18 @@ class Plan:
         return len(self.groups), len(self.tokens or (None,)), len(self.windows or (None,))
 
     def interventions(self, pipe: DiffusionPipeline, case: Case) -> Iterator[tuple[tuple[int, int, int], Intervention]]:
-        """Every restoration of a case by its index (site, token, window), but those without a token to restore."""
-        family = family_of(pipe)
-        tokenizers = {encoder: getattr(pipe, name) for encoder, name in family.text_encoders}
+        """Every intervention of a case by its index (site, token, window), but those without a token to change."""
+        tokenizers = tokenizers_of(pipe)
+        tokens = self.tokens or ("all",)
+        pairs = [{encoder: _pairs(found, case, token) for encoder, found in tokenizers.items()} for token in tokens]
         for i, group in enumerate(self.groups):
-            encoders = [site.network for site in group if site.network in tokenizers]
-            for j, token in enumerate(self.tokens or ("all",)):
-                pairs = None
-                if encoders:
-                    tokenizer = tokenizers[encoders[0]]
-                    groups = clean_groups(tokenizer, case)
-                    positions = groups[token] if isinstance(token, str) else [p for p in groups["all"] if p == token]
-                    pairs = token_pairs(tokenizer, case, positions)
-                    if not pairs:
-                        continue
+            encoders = {site.network for site in group} & set(tokenizers)
+            for j in range(len(tokens)):
+                here = {encoder: pairs[j][encoder] for encoder in encoders}
+                if encoders and not any(here.values()):
+                    continue
                 for k, window in enumerate(self.windows or (WHOLE,)):
-                    yield (i, j, k), Intervention(group, pairs, window)
+                    yield (i, j, k), Intervention(group, here, window, self.mode)
 
 
 def make_plan(
@@ -77,12 +78,16 @@ def make_plan(
     metric: Metric | Sequence[Metric] | None,
     tokens: str | Sequence[str | int] | None,
     windows: Sequence[tuple[float, float]] | None,
+    mode: str,
     sampling: Sampling,
     batch_size: int | None,
     progress: bool,
 ) -> Plan:
     """Checks a trace's arguments against the pipeline. See `mediation.trace` for their meaning and errors."""
     family = family_of(pipe)
+    check_traceable(pipe)
+    if mode not in MODES:
+        raise ValueError(f"mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
     cases = (cases,) if isinstance(cases, Case) else tuple(cases)
     if not cases:
         raise ValueError("no cases were given: pass at least one mediation.Case")
@@ -92,17 +97,17 @@ def make_plan(
     if len({case.corruption.draws for case in cases}) > 1:
         raise ValueError("the cases have different numbers of draws: trace them separately")
     groups = _check_groups(pipe, sites, tokens, windows)
-    encoders = {encoder for encoder, _ in family.text_encoders}
-    traces_text = any(site.network in encoders for group in groups for site in group)
+    tokenizers = tokenizers_of(pipe)
+    traces_text = any(site.network in tokenizers for group in groups for site in group)
     for case in cases:
         if traces_text and getattr(case.corruption, "where", "input") == "output":
             raise ValueError(
                 'noise with where="output" enters behind the text encoder, so restoring sites of the text encoder'
                 ' cannot matter: choose sites of the denoiser, or where="input"'
             )
-        for _, tokenizer in family.text_encoders:  # raises if a subject is truncated
-            clean_groups(getattr(pipe, tokenizer), case)
-            token_pairs(getattr(pipe, tokenizer), case, ())
+        for tokenizer in tokenizers.values():  # raises if a subject is truncated
+            clean_groups(tokenizer, case)
+            token_pairs(tokenizer, case, ())
     several = metric is not None and not callable(metric)
     metrics = tuple(metric) if several else (metric or default_metric(pipe),)
     for found in metrics:
@@ -121,6 +126,7 @@ def make_plan(
         metrics=metrics,
         tokens=_check_tokens(pipe, cases, tokens),
         windows=_check_windows(windows),
+        mode=mode,
         sampling=sampling,
         batch_size=batch_size,
         several_metrics=several,
@@ -128,8 +134,14 @@ def make_plan(
     )
 
 
+def _pairs(tokenizer, case: Case, token: str | int) -> tuple[tuple[int, int], ...]:
+    groups = clean_groups(tokenizer, case)
+    positions = groups[token] if isinstance(token, str) else [p for p in groups["all"] if p == token]
+    return token_pairs(tokenizer, case, positions)
+
+
 def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
-    encoders = {encoder for encoder, _ in family_of(pipe).text_encoders}
+    encoders = tokenizers_of(pipe)
     groups = resolve(pipe, sites)
     if tokens is not None and windows is not None:
         raise ValueError("tokens are places in the text encoder, which runs once; windows are times of the denoiser")
@@ -151,15 +163,17 @@ def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
 def _check_tokens(pipe, cases, tokens) -> tuple[str | int, ...] | None:
     if tokens is None:
         return None
-    tokenizer = getattr(pipe, family_of(pipe).text_encoders[0][1])
+    tokenizers = tokenizers_of(pipe).values()
     if tokens == "each":
-        return tuple(range(max(clean_groups(tokenizer, case)["eos"][0] for case in cases) + 1))
+        n_tokens = [clean_groups(tokenizer, case)["eos"][0] + 1 for tokenizer in tokenizers for case in cases]
+        return tuple(range(max(n_tokens)))
     tokens = (tokens,) if isinstance(tokens, str | int) else tuple(tokens)
     for token in tokens:
         if isinstance(token, str) and token not in TOKEN_GROUPS:
             raise ValueError(f'no token group {token!r}; the groups are {", ".join(TOKEN_GROUPS)}, or "each"')
-        if isinstance(token, int) and not 0 <= token < tokenizer.model_max_length:
-            raise ValueError(f"token position {token} is outside the window of {tokenizer.model_max_length}")
+        window = max(tokenizer.model_max_length for tokenizer in tokenizers)
+        if isinstance(token, int) and not 0 <= token < window:
+            raise ValueError(f"token position {token} is outside the window of {window}")
     if not tokens or len(set(tokens)) < len(tokens):
         raise ValueError(f"tokens must name at least one group or position, each once; got {tokens}")
     return tokens

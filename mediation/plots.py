@@ -18,7 +18,7 @@ def plot_effects(
     """Draws a causal map as a heat map, diverging around 0; a dot marks cells whose 95% interval excludes 0.
 
     Columns are token groups or windows where the map has them, and otherwise positions in execution order, with a row
-    per component.
+    per component; in a map of single heads, columns are heads, with a row per attention.
 
     Args:
         effects: from `mediation.trace`, of one metric.
@@ -71,19 +71,22 @@ def _table(summary: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray, list[
     if mean.ndim == 2:
         rows = _shorten(names)
         return mean.values, sure.values, rows, [str(label) for label in mean[mean.dims[1]].values]
-    if "component" not in mean.coords:
+    are_heads = {".head." in name for name in names}
+    if "component" not in mean.coords or len(are_heads) > 1:
         return mean.values[None], sure.values[None], [""], _shorten(names)
-    positions = _shorten([name.rsplit(".", 1)[0] for name in names])
-    rows = list(dict.fromkeys(str(component) for component in mean.component.values))
-    columns = list(dict.fromkeys(positions))
+    if are_heads == {True}:
+        attentions, columns_of = zip(*(name.rsplit(".head.", 1) for name in names), strict=True)
+        rows_of = _shorten(list(attentions))
+    else:
+        columns_of = _shorten([name.rsplit(".", 1)[0] for name in names])
+        rows_of = [str(component).replace("_", " ") for component in mean.component.values]
+    rows, columns = list(dict.fromkeys(rows_of)), list(dict.fromkeys(columns_of))
     table = numpy.full((len(rows), len(columns)), numpy.nan)
     marks = numpy.zeros(table.shape, dtype=bool)
-    for value, mark, component, position in zip(
-        mean.values, sure.values, mean.component.values, positions, strict=True
-    ):
-        cell = rows.index(str(component)), columns.index(position)
+    for value, mark, row, column in zip(mean.values, sure.values, rows_of, columns_of, strict=True):
+        cell = rows.index(row), columns.index(column)
         table[cell], marks[cell] = value, mark
-    return table, marks, [row.replace("_", " ") for row in rows], columns
+    return table, marks, rows, columns
 
 
 def _shorten(names: list[str]) -> list[str]:

@@ -1,30 +1,37 @@
-"""The exact backend: corrupt a prompt's subject, restore one site at a time, measure what comes back.
+"""The exact backend: put one site of a run into another run, at every step, and measure what that changes.
 
 Cost grows with cases × draws × sites (× tokens × windows): one row of sampling each, and two more per chunk.
 """
 
+import gc
 import math
+import warnings
+from collections.abc import Iterator
 
 import numpy
 import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from mediation.cases import Case
 from mediation.metrics import evaluate
 from mediation.pipelines import family_of
 from mediation.plans import Plan
-from mediation.sampling import CLEAN, N_CONTROLS, SHAM, Intervention, sample_rows
+from mediation.rows import N_CONTROLS, Intervention
+from mediation.sampling import sample_rows
+
+_CONTROLS = ("clean", "corrupted")  # in the order of their rows
 
 
 def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]:
-    """Runs every restoration of a plan (Basu et al. 2024, arXiv:2310.13730, section 3).
+    """Runs every intervention of a plan (Basu et al. 2024, arXiv:2310.13730, section 3).
 
-    Every chunk carries its own clean row, which the others copy from, and a sham row: corrupted, with nothing restored.
-    All chunks have the same number of rows.
+    Every chunk carries its own clean and corrupted row. One of them is the donor, which the others copy from; the other
+    is the sham row, in which nothing is changed. Chunks of one case are filled up to the same number of rows.
 
     Returns:
         clean, corrupted: (case, draw, metric); sham, restored: (case, draw, site, token, window, metric), where sham is
-        the sham row of the chunk that a restoration ran in. What has no token to restore is NaN.
+        the sham row of the chunk that an intervention ran in. What has no token to change is NaN.
     """
     n_cases, n_draws, n_metrics = len(plan.cases), plan.n_draws, len(plan.metrics)
     whole = (n_cases, n_draws, n_metrics)
@@ -35,35 +42,73 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
         "sham": numpy.full(each, numpy.nan),
         "restored": numpy.full(each, numpy.nan),
     }
-    work = [list(plan.interventions(pipe, case)) for case in plan.cases]
-    chunks_by_case = [_chunks([(None, Intervention()), *jobs], plan.batch_size - N_CONTROLS) for jobs in work]
-    n_chunks = n_draws * sum(map(len, chunks_by_case))
-    with tqdm(total=n_chunks, desc="tracing", unit="chunk", disable=None if plan.progress else True) as bar:
-        for c, (case, chunks) in enumerate(zip(plan.cases, chunks_by_case, strict=True)):
-            for draw in range(n_draws):
-                for number, chunk in enumerate(chunks):
-                    measured = _measure(pipe, plan, case, draw, [intervention for _, intervention in chunk])
-                    if number == 0:
-                        values["clean"][c, draw] = measured[:, CLEAN]
-                        values["corrupted"][c, draw] = measured[:, N_CONTROLS]
-                    for row, (index, _) in enumerate(chunk, start=N_CONTROLS):
-                        if index is not None:
-                            values["restored"][(c, draw, *index)] = measured[:, row]
-                            values["sham"][(c, draw, *index)] = measured[:, SHAM]
-                    bar.update()
+    untouched = Intervention(mode=plan.mode)
+    jobs = [[(None, untouched), *plan.interventions(pipe, case)] for case in plan.cases]
+    n_rows = n_draws * sum(map(len, jobs))
+    with tqdm(total=n_rows, desc="tracing", unit="row", disable=None if plan.progress else True) as bar:
+        for c, draw, chunk, measured in _measured_chunks(pipe, plan, jobs):
+            for row, (index, _) in enumerate(chunk, start=N_CONTROLS):
+                if index is None:
+                    values[_CONTROLS[untouched.donor]][c, draw] = measured[:, untouched.donor]
+                    values[_CONTROLS[untouched.sham]][c, draw] = measured[:, row]
+                else:
+                    values["sham"][(c, draw, *index)] = measured[:, untouched.sham]
+                    values["restored"][(c, draw, *index)] = measured[:, row]
+            bar.update(len(chunk))
     return values
 
 
-def _chunks(jobs: list, capacity: int) -> list[list]:
-    """Splits jobs into chunks of one size, the last one filled up with rows that restore nothing."""
-    n_chunks = math.ceil(len(jobs) / capacity)
-    size = math.ceil(len(jobs) / n_chunks)
-    jobs = jobs + [(None, Intervention())] * (n_chunks * size - len(jobs))
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+def _measured_chunks(pipe, plan: Plan, jobs: list[list]) -> Iterator[tuple[int, int, list, numpy.ndarray]]:
+    """(case, draw, its next jobs, their values as of `_measure`); chunks shrink for good when memory runs out."""
+    capacity = plan.batch_size - N_CONTROLS
+    for c, case in enumerate(plan.cases):
+        for draw in range(plan.n_draws):
+            pending = jobs[c]
+            size = _even_size(len(pending), capacity)
+            while pending:
+                chunk = pending[:size]
+                rows = [intervention for _, intervention in chunk]
+                rows += [Intervention(mode=plan.mode)] * (size - len(chunk))
+                measured = _measure_if_it_fits(pipe, plan, case, draw, rows)
+                if measured is None:
+                    capacity = size // 2
+                    size = _even_size(len(pending), capacity)
+                else:
+                    yield c, draw, chunk, measured
+                    pending = pending[size:]
+
+
+def _even_size(n_jobs: int, capacity: int) -> int:
+    """The size at which the fewest chunks are about equally full."""
+    return math.ceil(n_jobs / math.ceil(n_jobs / capacity))
+
+
+def _measure_if_it_fits(pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention]) -> numpy.ndarray | None:
+    """What `_measure` returns, or None if memory ran out and fewer rows could still do."""
+    try:
+        return _measure(pipe, plan, case, draw, rows)
+    except RuntimeError as error:
+        if len(rows) == 1 or not _is_out_of_memory(error):
+            raise
+    # Only here is the error gone, and with it the tensors of the frames that it came through.
+    gc.collect()
+    torch.cuda.empty_cache()
+    n_tried, n_next = len(rows) + N_CONTROLS, len(rows) // 2 + N_CONTROLS
+    warnings.warn(
+        f"out of memory with batch_size={n_tried}: going on with at most {n_next} rows, and the same results but for"
+        " rounding",
+        stacklevel=2,
+    )
+    return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error).lower() for phrase in phrases)
 
 
 @torch.no_grad()
-def _measure(pipe, plan: Plan, case, draw: int, rows: list[Intervention]) -> numpy.ndarray:
+def _measure(pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention]) -> numpy.ndarray:
     """Values of every metric, (metric, row)."""
     latents = sample_rows(pipe, case, draw, rows, plan.sampling)
     needs_images = any(getattr(metric, "needs_images", True) for metric in plan.metrics)

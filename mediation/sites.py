@@ -1,5 +1,6 @@
 """Sites: the places in a pipeline where an activation can be restored."""
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Iterator
@@ -12,15 +13,19 @@ from mediation.pipelines import family_of
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One module's output.
+    """One module's output, or one attention head: its slice of what the attention's output projection reads.
 
     Attributes:
-        name: unique in the pipeline, as "unet.down.0.0.cross_attention" or "text_encoder.0.self_attention".
+        name: unique in the pipeline, as "unet.down.0.0.cross_attention", "text_encoder.0.self_attention" or
+            "unet.mid.0.self_attention.head.3".
         network: the pipeline's attribute that holds the network, as "unet" or "text_encoder".
-        component: self_attention, cross_attention, feed_forward or resnet; in text encoders, self_attention or mlp.
-        layer: counts the sites of this network and component in execution order, from 0.
+        component: self_attention, cross_attention, feed_forward, resnet or block; in text encoders, self_attention, mlp
+            or block.
+        layer: counts the sites of this network and component in execution order, from 0; heads share their attention's.
         block: the part of the network, as "down.0", "mid", "up.2"; in text encoders, the layer.
-        path: the module's dotted path in the network.
+        path: the module's dotted path in the network; of a head, the output projection's.
+        head: index of the head, or None.
+        n_heads: heads that share the projection's input; 1 if this is no head.
     """
 
     name: str
@@ -29,10 +34,19 @@ class Site:
     layer: int
     block: str
     path: str
+    head: int | None = None
+    n_heads: int = 1
 
     def module(self, pipe: DiffusionPipeline) -> nn.Module:
-        """The module of `pipe` whose output this is."""
+        """The module of `pipe` whose output this is, or, of a head, whose input it is a slice of."""
         return getattr(pipe, self.network).get_submodule(self.path)
+
+    def features(self, n_features: int) -> slice:
+        """The part of an activation's last dimension, of this size, that the site is."""
+        if self.head is None:
+            return slice(None)
+        width = n_features // self.n_heads
+        return slice(self.head * width, (self.head + 1) * width)
 
 
 def sites(
@@ -43,8 +57,11 @@ def sites(
     layer: int | None = None,
     block: str | None = None,
     name: str | None = None,
+    heads: bool = False,
 ) -> list[Site]:
     """Lists the sites of a pipeline in execution order, text encoders first.
+
+    Whole blocks contain other sites, so they are listed only when asked for: `component="block"`.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -53,6 +70,7 @@ def sites(
         layer: keeps the sites with this index.
         block: keeps the sites of this block.
         name: keeps the sites whose name matches this glob, as "unet.up.*".
+        heads: lists the single heads of attentions in place of modules.
 
     Raises:
         ValueError: if the pipeline's family is unknown, or nothing matches.
@@ -62,37 +80,47 @@ def sites(
         >>> pipe = mediation.load_pipeline()
         >>> mediation.sites(pipe, network="text_encoder", component="self_attention")[0].name
         'text_encoder.0.self_attention'
+        >>> mediation.sites(pipe, component="cross_attention", block="mid", heads=True)[1].name
+        'unet.mid.0.cross_attention.head.1'
     """
-    every = list(_all_sites(pipe))
+    every = [site for site in _all_sites(pipe) if (site.head is not None) == heads]
+    if component != "block":
+        every = [site for site in every if site.component != "block"]
+    kind = "head" if heads else "site"
     wanted = {"network": network, "component": component, "layer": layer, "block": block}
     wanted = {field: value for field, value in wanted.items() if value is not None}
     for field, value in wanted.items():
         known = list(dict.fromkeys(getattr(site, field) for site in every))
         if value not in known:
-            raise ValueError(f"no site has {field}={value!r}; this pipeline has {', '.join(map(str, known))}")
+            raise ValueError(f"no {kind} has {field}={value!r}; this pipeline has {', '.join(map(str, known))}")
     chosen = [site for site in every if all(getattr(site, field) == value for field, value in wanted.items())]
     if name is not None:
         chosen = [site for site in chosen if fnmatch.fnmatchcase(site.name, name)]
     if not chosen:
-        raise ValueError(f"no site matches {wanted | ({'name': name} if name is not None else {})}")
+        raise ValueError(f"no {kind} matches {wanted | ({'name': name} if name is not None else {})}")
     return chosen
 
 
 def _all_sites(pipe: DiffusionPipeline) -> Iterator[Site]:
+    """Every site, each attention followed by its heads, blocks behind what is in them."""
     family = family_of(pipe)
     networks = [(encoder, family.text_spots) for encoder, _ in family.text_encoders]
     networks.append((family.denoiser, family.denoiser_spots))
     for network, spots in networks:
-        n_seen: dict[str, int] = {}
+        projections = family.output_projections[network]
+        n_seen = collections.Counter()
         for spot in spots(getattr(pipe, network)):
-            layer = n_seen.get(spot.component, 0)
-            n_seen[spot.component] = layer + 1
             name = f"{network}.{spot.position}.{spot.component}"
-            yield Site(name, network, spot.component, layer, spot.block, spot.path)
+            site = Site(name, network, spot.component, n_seen[spot.component], spot.block, spot.path)
+            n_seen[spot.component] += 1
+            yield site
+            for head in range(spot.n_heads):
+                path = f"{spot.path}.{projections[spot.component]}"
+                yield dataclasses.replace(site, name=f"{name}.head.{head}", path=path, head=head, n_heads=spot.n_heads)
 
 
 def resolve(pipe: DiffusionPipeline, chosen: list | None) -> list[tuple[Site, ...]]:
-    """Turns what a user names into groups of sites that are restored together; None is every site, one by one.
+    """Turns what a user names into groups of sites that are restored together; None is what `sites` lists, one by one.
 
     Args:
         pipe: the pipeline.
@@ -114,7 +142,7 @@ def resolve(pipe: DiffusionPipeline, chosen: list | None) -> list[tuple[Site, ..
         return every[name]
 
     if chosen is None:
-        return [(site,) for site in every.values()]
+        return [(site,) for site in sites(pipe)]
     if isinstance(chosen, Site | str):
         chosen = [chosen]
     groups = [tuple(map(one, entry)) if isinstance(entry, list | tuple) else (one(entry),) for entry in chosen]

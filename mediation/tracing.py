@@ -32,6 +32,7 @@ def trace(
     metric: Metric | Sequence[Metric] | None = None,
     tokens: str | Sequence[str | int] | None = None,
     windows: Sequence[tuple[float, float]] | None = None,
+    mode: str = "restore",
     branch: str = "cond",
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
@@ -44,19 +45,23 @@ def trace(
     restored (corrupted, but one site's output is the clean run's, at every step). The indirect effect of a site is
     IE = m(restored) − m(corrupted), the total effect TE = m(clean) − m(corrupted).
 
+    Restoring asks whether a site is sufficient. The mirror experiment, `mode="knock_out"`, asks whether it is
+    necessary: one site of a clean run takes the corrupted run's output, and IE = m(clean) − m(knocked out).
+
     Args:
         pipe: a diffusers pipeline of a supported family.
         cases: what to corrupt, one case or several.
-        sites: sites or names; an entry that is itself a list is restored together. None is every site, or every one to
-            which `tokens` or `windows` applies.
+        sites: sites or names, heads and blocks among them; an entry that is itself a list is changed together. None is
+            every site that `mediation.sites(pipe)` lists, or every one to which `tokens` or `windows` applies.
         backend: "restoration".
         metric: scores a run's outcome, or several such, which adds a `metric` dimension. None is CLIPScore with the
             prompt for the bundled pipeline, and `LatentDistance` for any other. See `mediation.metrics`.
         tokens: token groups (bos, before, subject, last_subject, after, eos, padding, all) or positions at which to
-            restore text-encoder sites, or "each" for every position; adds a `token` dimension.
-        windows: (start, stop) fractions of sampling in which to restore sites of the denoiser; adds a `window`
+            change text-encoder sites, or "each" for every position; adds a `token` dimension.
+        windows: (start, stop) fractions of sampling in which to change sites of the denoiser; adds a `window`
             dimension.
-        branch: half of the guided batch that is restored in the denoiser: "cond", "uncond" or "both".
+        mode: "restore" or "knock_out".
+        branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both".
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance.
         batch_size: rows of one call of the pipeline, the clean and the sham row included. None suits the latents' size.
@@ -64,8 +69,9 @@ def trace(
 
     Returns:
         A Dataset with dims (case, draw, site[, token][, window][, metric]): clean and corrupted by (case, draw),
-        restored, and sham, the corrupted run as measured in the same chunk. Coordinates on site: network, component,
-        layer, block, path. The attributes hold what is needed to run it again.
+        restored (with `mode="knock_out"`, the knocked-out runs), and sham: as measured in the same chunk, the run in
+        which sites are changed, unchanged. Coordinates on site: network, component, layer, block, path and, if there
+        are heads, head (-1 for what is none). The attributes hold what is needed to run it again.
 
     Raises:
         TypeError, KeyError, ValueError: before any work, if an argument does not fit the pipeline.
@@ -87,6 +93,7 @@ def trace(
         metric=metric,
         tokens=tokens,
         windows=windows,
+        mode=mode,
         sampling=Sampling(num_inference_steps, guidance_scale, branch),
         batch_size=batch_size,
         progress=progress,
@@ -115,6 +122,9 @@ def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
     # A group takes the coordinates of its first site.
     for field in ("network", "component", "layer", "block", "path"):
         effects = effects.assign_coords({field: ("site", [getattr(group[0], field) for group in plan.groups])})
+    heads = [group[0].head for group in plan.groups]
+    if any(head is not None for head in heads):
+        effects = effects.assign_coords(head=("site", [-1 if head is None else head for head in heads]))
     if plan.tokens is not None:
         effects = effects.assign_coords(token=list(plan.tokens))
     if plan.windows is not None:
@@ -142,6 +152,7 @@ def _provenance(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | fl
         "scheduler": json.dumps(scheduler, default=str),
         "cases": json.dumps(cases),
         "metric": ", ".join(metric_name(metric) for metric in plan.metrics),
+        "mode": plan.mode,
         "batch_size": plan.batch_size,
         **dataclasses.asdict(plan.sampling),
         "versions": json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}),

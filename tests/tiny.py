@@ -18,32 +18,100 @@ def stable_diffusion(seed: int = 0, **overrides) -> diffusers.StableDiffusionPip
 
     Args:
         seed: of the weights; the global random state is left as it was.
-        **overrides: for `unet`, `vae`, `text_encoder` or `scheduler`, a dict of configuration entries to change; for
-            these, `tokenizer` or any other part of the pipeline, the part itself.
+        **overrides: for `unet`, `vae`, a text encoder or `scheduler`, a dict of configuration entries to change; for
+            these, a tokenizer or any other part of the pipeline, the part itself.
     """
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return _build(diffusers.StableDiffusionPipeline, seed, overrides, **parts)
+
+
+def stable_diffusion_2(seed: int = 0, **overrides) -> diffusers.StableDiffusionPipeline:
+    """As SD 2.x differs: linear projections, heads by block, "!" for padding, one text layer less, v-prediction."""
+    return stable_diffusion(
+        seed,
+        tokenizer=overrides.pop("tokenizer", None) or tokenizer(padding="!"),
+        text_encoder=_merged({"num_hidden_layers": 2, "hidden_act": "gelu"}, overrides, "text_encoder"),
+        unet=_merged({"attention_head_dim": (2, 4, 4, 8), "use_linear_projection": True}, overrides, "unet"),
+        scheduler=_merged({"prediction_type": "v_prediction"}, overrides, "scheduler"),
+        **overrides,
+    )
+
+
+def stable_diffusion_xl(seed: int = 0, **overrides) -> diffusers.StableDiffusionXLPipeline:
+    """A `StableDiffusionXLPipeline`: two text encoders of different width, and several layers per transformer."""
+    text_encoder_2 = {"hidden_size": 48, "projection_dim": 40, "hidden_act": "gelu"}
+    unet = {
+        "block_out_channels": (8, 8, 16),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (1, 2, 4),
+        "use_linear_projection": True,
+        "cross_attention_dim": 32 + 48,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 40 + 6 * 8,
+    }
+    overrides["unet"] = _merged(unet, overrides, "unet")
+    overrides["text_encoder_2"] = _merged(text_encoder_2, overrides, "text_encoder_2")
+    overrides["vae"] = _merged({"force_upcast": True}, overrides, "vae")
+    overrides.setdefault("tokenizer_2", tokenizer(padding="!"))
+    return _build(diffusers.StableDiffusionXLPipeline, seed, overrides, add_watermarker=False)
+
+
+FAMILIES = {"sd1": stable_diffusion, "sd2": stable_diffusion_2, "sdxl": stable_diffusion_xl}
+
+
+def tokenizer(
+    words: tuple[str, ...] = WORDS, window: int = 77, padding: str = "<|endoftext|>"
+) -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer that knows `words` as one token each, and spells all others."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = list(dict.fromkeys(merge for word in words for merge in _merges(word)))
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *special]
+    config = {"model_max_length": window, "tokenizer_class": "CLIPTokenizer", "pad_token": padding}
+    files = {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(vocabulary)}),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+        "tokenizer_config.json": json.dumps(config),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (pathlib.Path(folder) / name).write_text(text)
+        return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def _build(pipeline: type, seed: int, overrides: dict, **parts) -> diffusers.DiffusionPipeline:
+    """A pipeline of parts in their default configuration, but for what is overridden."""
 
     def part(name: str, build, **config):
         given = overrides.pop(name, {})
         return build(**(config | given)) if isinstance(given, dict) else given
 
-    words = overrides.pop("tokenizer", None) or tokenizer()
+    encoders = {"text_encoder": transformers.CLIPTextModel}
+    if "tokenizer_2" in overrides:
+        encoders["text_encoder_2"] = transformers.CLIPTextModelWithProjection
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = part(
-            "text_encoder",
-            lambda **config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)),
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=words.model_max_length,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-        unet = part(
+        for name, network in encoders.items():
+            key = name.replace("text_encoder", "tokenizer")
+            words = parts[key] = overrides.pop(key, None) or tokenizer()
+            parts[name] = part(
+                name,
+                lambda network=network, **config: network(transformers.CLIPTextConfig(**config)),
+                vocab_size=len(words),
+                hidden_size=32,
+                intermediate_size=64,
+                projection_dim=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=words.model_max_length,
+                bos_token_id=words.bos_token_id,
+                eos_token_id=words.eos_token_id,
+                pad_token_id=words.pad_token_id,
+            )
+        parts["unet"] = part(
             "unet",
             diffusers.UNet2DConditionModel,
             sample_size=8,
@@ -55,7 +123,7 @@ def stable_diffusion(seed: int = 0, **overrides) -> diffusers.StableDiffusionPip
             cross_attention_dim=32,
             norm_num_groups=4,
         )
-        vae = part(
+        parts["vae"] = part(
             "vae",
             diffusers.AutoencoderKL,
             block_out_channels=(8, 8),
@@ -65,7 +133,7 @@ def stable_diffusion(seed: int = 0, **overrides) -> diffusers.StableDiffusionPip
             latent_channels=4,
             sample_size=16,
         )
-    scheduler = part(
+    parts["scheduler"] = part(
         "scheduler",
         diffusers.DDIMScheduler,
         beta_start=0.00085,
@@ -75,31 +143,17 @@ def stable_diffusion(seed: int = 0, **overrides) -> diffusers.StableDiffusionPip
         clip_sample=False,
         set_alpha_to_one=False,
     )
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} | overrides
-    for network in (text_encoder, unet, vae):
-        network.eval()
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=words, unet=unet, scheduler=scheduler, **parts
-    )
+    for network in (*encoders, "unet", "vae"):
+        parts[network].eval()
+    pipe = pipeline(**(parts | overrides))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def tokenizer(words: tuple[str, ...] = WORDS, window: int = 77) -> transformers.CLIPTokenizer:
-    """A CLIP tokenizer that knows `words` as one token each, and spells all others."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = list(dict.fromkeys(merge for word in words for merge in _merges(word)))
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *special]
-    files = {
-        "vocab.json": json.dumps({token: i for i, token in enumerate(vocabulary)}),
-        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        "tokenizer_config.json": json.dumps({"model_max_length": window, "tokenizer_class": "CLIPTokenizer"}),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (pathlib.Path(folder) / name).write_text(text)
-        return transformers.CLIPTokenizer.from_pretrained(folder)
+def _merged(defaults: dict, overrides: dict, name: str):
+    """What a family's defaults and a test's overrides say of a part."""
+    given = overrides.pop(name, {})
+    return defaults | given if isinstance(given, dict) else given
 
 
 def _merges(word: str) -> list[tuple[str, str]]:

@@ -15,6 +15,18 @@ class Spot(NamedTuple):
     position: str
     block: str
     path: str
+    n_heads: int = 0
+
+
+class TextOutput(NamedTuple):
+    """A part of what `encode` returns: its keyword and features, and the text encoder whose tokens are its positions.
+
+    A pooled embedding has no positions and no encoder here.
+    """
+
+    keyword: str
+    encoder: str | None
+    features: slice
 
 
 class StableDiffusion:
@@ -22,12 +34,16 @@ class StableDiffusion:
 
     name = "stable-diffusion"
     pipelines = ("StableDiffusionPipeline",)
+    # pipelines of the same networks that start from an image
+    image_pipelines = ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser = "unet"
     # (text encoder, its tokenizer), in the order in which they run
     text_encoders = (("text_encoder", "tokenizer"),)
+    # classes of text encoders in which no token reads a later one
+    causal_text_encoders = ("CLIPTextModel", "CLIPTextModelWithProjection")
     # the halves of the denoiser's batch under classifier-free guidance, in their order
     guidance_halves = ("uncond", "cond")
-    # where a component's output is projected, below its path: what an edit rewrites
+    # where a component's output is projected, below its path: what an edit rewrites, and what reads its heads
     output_projections: ClassVar = {
         "text_encoder": {"self_attention": "out_proj", "mlp": "fc2"},
         "unet": {
@@ -40,38 +56,53 @@ class StableDiffusion:
 
     @staticmethod
     def text_spots(text_encoder: nn.Module) -> Iterator[Spot]:
-        """Attention and MLP of every layer of a CLIP text encoder, in execution order."""
+        """Attention and MLP of every layer of a CLIP text encoder, then the layer itself, in execution order."""
         # transformers < 5.6 nests the transformer in `text_model`; later versions flattened CLIPTextModel only.
         prefix = "text_model." if hasattr(text_encoder, "text_model") else ""
         for layer in range(text_encoder.config.num_hidden_layers):
-            below = f"{prefix}encoder.layers.{layer}"
-            yield Spot("self_attention", str(layer), str(layer), f"{below}.self_attn")
-            yield Spot("mlp", str(layer), str(layer), f"{below}.mlp")
+            path = f"{prefix}encoder.layers.{layer}"
+            n_heads = text_encoder.config.num_attention_heads
+            yield Spot("self_attention", str(layer), str(layer), f"{path}.self_attn", n_heads)
+            yield Spot("mlp", str(layer), str(layer), f"{path}.mlp")
+            yield Spot("block", str(layer), str(layer), path)
 
     @staticmethod
     def denoiser_spots(unet: nn.Module) -> Iterator[Spot]:
-        """ResNets, attentions and feed-forwards of the U-Net, in execution order: down, mid, up."""
+        """ResNets, attentions and feed-forwards of each block, then the block, in execution order: down, mid, up."""
         for i, block in enumerate(unet.down_blocks):
             yield from _block_spots(block, f"down.{i}", f"down_blocks.{i}")
-        yield from _block_spots(unet.mid_block, "mid", "mid_block")
+        if unet.mid_block is not None:
+            yield from _block_spots(unet.mid_block, "mid", "mid_block")
         for i, block in enumerate(unet.up_blocks):
             yield from _block_spots(block, f"up.{i}", f"up_blocks.{i}")
 
     @staticmethod
     def text_doors(unet: nn.Module) -> list[str]:
         """Paths of every module of the denoiser that reads text."""
-        return [
-            f"{path}.{name}"
-            for path, module in unet.named_modules()
-            if path.endswith("attn2")
-            for name in ("to_k", "to_v")
-        ]
+        doors = []
+        for path, module in unet.named_modules():
+            if path.endswith("attn2"):
+                # Only the processor says whether fused projections are in use: unfusing leaves them in place.
+                fused = "Fused" in type(module.processor).__name__
+                doors += [f"{path}.to_kv"] if fused else [f"{path}.to_k", f"{path}.to_v"]
+        return doors
 
     @staticmethod
     def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
         """What the denoiser reads of `prompts`, as keyword arguments of the pipeline's call, one row per prompt."""
         embeddings, _ = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
         return {"prompt_embeds": embeddings}
+
+    @staticmethod
+    def encode_negative(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
+        """What the unconditional half reads where the user gave no negative prompt, likewise, in one row."""
+        _, embeddings = pipe.encode_prompt("", pipe._execution_device, 1, True)
+        return {"negative_prompt_embeds": embeddings}
+
+    @staticmethod
+    def text_outputs(_pipe: DiffusionPipeline) -> list[TextOutput]:
+        """Which text encoder gives which part of what `encode` returns."""
+        return [TextOutput("prompt_embeds", "text_encoder", slice(None))]
 
     @staticmethod
     def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
@@ -86,12 +117,27 @@ class StableDiffusion:
         images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         return pipe.image_processor.postprocess(images, output_type="pt")
 
-    @staticmethod
-    def problem(pipe: DiffusionPipeline) -> str | None:
-        """Why this pipeline of the right class cannot be traced, if so."""
-        missing = [name for name in ("unet", "vae", "text_encoder", "tokenizer") if getattr(pipe, name) is None]
+    @classmethod
+    def problem(cls, pipe: DiffusionPipeline) -> str | None:
+        """Why nothing can be done with this pipeline of the right class, if so."""
+        parts = ("unet", "vae", *(name for pair in cls.text_encoders for name in pair))
+        missing = [name for name in parts if getattr(pipe, name) is None]
         if missing:
             return f"it has no {', '.join(missing)}"
+        return None
+
+    @staticmethod
+    def sampling_problem(pipe: DiffusionPipeline) -> str | None:
+        """Why this pipeline cannot sample images from text alone, guided in two halves, if so."""
+        n_inputs, n_latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+        if n_inputs != n_latents:
+            return (
+                f"its U-Net reads {n_inputs} channels and latents have {n_latents}: it needs an image beside the text"
+            )
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            return "its U-Net takes the guidance scale as an input, and has no unconditional half"
+        if pipe.unet.config.encoder_hid_dim_type == "ip_image_proj":
+            return "it has an IP-Adapter, whose image is no part of a case: unload it first"
         return None
 
 
@@ -101,11 +147,14 @@ def _block_spots(block: nn.Module, position: str, path: str) -> Iterator[Spot]:
         yield Spot("resnet", f"{position}.{i}", position, f"{path}.resnets.{i}")
         if i < len(attentions):  # the mid block ends in a ResNet, and some blocks have no attention
             yield from _transformer_spots(attentions[i], f"{position}.{i}", position, f"{path}.attentions.{i}")
+    yield Spot("block", position, position, path)
 
 
 def _transformer_spots(transformer: nn.Module, position: str, block: str, path: str) -> Iterator[Spot]:
-    inner = transformer.transformer_blocks
-    for i in range(len(inner)):
-        where = position if len(inner) == 1 else f"{position}.{i}"
-        for component, name in (("self_attention", "attn1"), ("cross_attention", "attn2"), ("feed_forward", "ff")):
-            yield Spot(component, where, block, f"{path}.transformer_blocks.{i}.{name}")
+    layers = transformer.transformer_blocks
+    for i, layer in enumerate(layers):
+        where = position if len(layers) == 1 else f"{position}.{i}"
+        below = f"{path}.transformer_blocks.{i}"
+        yield Spot("self_attention", where, block, f"{below}.attn1", layer.attn1.heads)
+        yield Spot("cross_attention", where, block, f"{below}.attn2", layer.attn2.heads)
+        yield Spot("feed_forward", where, block, f"{below}.ff")

@@ -39,6 +39,18 @@ def test_effects_are_signed_differences():
     assert mediation.indirect_effect(THREE).values.squeeze().tolist() == [[4, 0], [1, 0], [3, -1]]
 
 
+def test_necessity_is_what_is_lost_without_the_site():
+    """In a knock-out map, sites are changed in the clean run, whose sham it carries."""
+    effects = make([[10]], [[2]], [[[9, 2]]], sham=[[[10.5, 10]]]).assign_attrs(mode="knock_out")
+    assert mediation.total_effect(effects).values.tolist() == [[8]]
+    assert mediation.indirect_effect(effects).values.tolist() == [[[1, 8]]]
+    assert mediation.indirect_effect(effects, normalize=True).values.tolist() == [[[1 / 8, 1]]]
+    assert float(noise_floor(effects)) == 0.5
+    summary = mediation.summarize(effects)
+    assert (summary["mean"].values.tolist(), summary.attrs["mode"]) == ([1, 8], "knock_out")
+    assert mediation.top_sites(effects, k=1) == ["unet.mid.0.resnet"]
+
+
 def test_the_ratio_is_of_means_and_cases_without_effect_are_masked_and_counted():
     normalized = mediation.indirect_effect(THREE, normalize=True)
     assert normalized.attrs["n_masked"] == 1

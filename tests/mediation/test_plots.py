@@ -41,6 +41,16 @@ def test_components_are_rows_and_positions_are_columns():
     numpy.testing.assert_array_equal(shown, [[0.5, 0.25], [-1.0, numpy.nan]])
 
 
+def test_heads_are_columns_beside_their_attention():
+    effects = make([[[0.5, -1.0, 0.25]]])
+    names = ["unet.mid.0.self_attention.head.0", "unet.mid.0.self_attention.head.1", "unet.up.1.self_attention.head.0"]
+    ax = mediation.plot_effects(effects.assign_coords(site=names))
+    assert labels(ax.yaxis) == ["mid.0.self_attention", "up.1.self_attention"]
+    assert labels(ax.xaxis) == ["0", "1"]
+    shown = numpy.ma.filled(ax.images[0].get_array().astype(float), numpy.nan)
+    numpy.testing.assert_array_equal(shown, [[0.5, -1.0], [0.25, numpy.nan]])
+
+
 def test_colours_diverge_around_zero():
     image = mediation.plot_effects(make([[[0.5, -1.0, 0.25]]])).images[0]
     assert (image.norm.vmin, image.norm.vmax) == (-1.0, 1.0)

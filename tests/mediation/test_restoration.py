@@ -6,102 +6,21 @@ import torch
 
 import mediation
 from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject
+from mediation.encoding import encode_rows
 from mediation.pipelines import family_of
-from mediation.sampling import CLEAN, SHAM, Intervention, Sampling, encode_rows, sample_rows
-from mediation.sites import Site
+from mediation.rows import CLEAN, CORRUPTED, Intervention
+from mediation.sampling import Sampling, sample_rows
+from tests.runs import CASE, SAMPLING, doors, rms
 
-CASE = Case("a photo of a cat in ink style", subject="cat", seed=3)
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
-SAMPLING = Sampling(num_inference_steps=3, guidance_scale=4.0)
-
-
-def rms(a, b):
-    return (a.double() - b.double()).square().mean().sqrt().item()
-
-
-def doors(pipe):
-    """Every module through which the denoiser reads text, as sites."""
-    paths = family_of(pipe).text_doors(pipe.unet)
-    return tuple(Site(path, "unet", "text_door", i, "", path) for i, path in enumerate(paths))
-
-
-def hooks_of(pipe):
-    return [
-        (name, module)
-        for network in (pipe.unet, pipe.text_encoder, pipe.vae)
-        for name, module in network.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
-    ]
-
-
-@pytest.mark.parametrize("corruption", [GaussianNoise(), GaussianNoise(where="output"), ReplaceSubject("strawberry")])
-def test_restoring_every_text_door_is_the_clean_run(tiny_pipe, corruption):
-    case = Case(CASE.prompt, subject=CASE.subject, corruption=corruption)
-    rows = [Intervention(doors(tiny_pipe)), Intervention()]
-    latents = sample_rows(tiny_pipe, case, 0, rows, SAMPLING)
-    damage = rms(latents[SHAM], latents[CLEAN])
-    assert damage > 1e-3  # there is something to restore
-    assert rms(latents[2], latents[CLEAN]) < 1e-4 * damage
-    assert rms(latents[3], latents[SHAM]) < 1e-4 * damage
 
 
 def test_text_sites_cannot_undo_what_the_residual_stream_carries(tiny_pipe):
     """Noise on the embeddings passes by every layer, so restoring all outputs helps and is not the clean run."""
     sites = tuple(mediation.sites(tiny_pipe, network="text_encoder"))
     states = encode_rows(tiny_pipe, CASE, 0, [Intervention(sites), Intervention()])["prompt_embeds"]
-    assert 0 < rms(states[2], states[CLEAN]) < rms(states[SHAM], states[CLEAN])
-    assert torch.equal(states[3], states[SHAM])
-
-
-def test_the_clean_row_is_what_the_pipeline_does_alone(tiny_pipe):
-    noise = torch.randn(
-        1, *family_of(tiny_pipe).latent_shape(tiny_pipe), generator=torch.Generator().manual_seed(CASE.seed)
-    )
-    alone = tiny_pipe(
-        CASE.prompt, latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="latent"
-    ).images
-    latents = sample_rows(tiny_pipe, CASE, 0, [], SAMPLING)
-    assert rms(latents[CLEAN], alone[0]) < 1e-4 * alone.std().item()
-
-
-def test_replacing_the_subject_is_what_the_pipeline_does_with_the_other_prompt(tiny_pipe):
-    case = Case(CASE.prompt, subject="cat", corruption=ReplaceSubject("strawberry"), seed=3)
-    noise = torch.randn(1, *family_of(tiny_pipe).latent_shape(tiny_pipe), generator=torch.Generator().manual_seed(3))
-    alone = tiny_pipe(
-        case.corrupted_prompt, latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="latent"
-    ).images
-    latents = sample_rows(tiny_pipe, case, 0, [], SAMPLING)
-    assert rms(latents[SHAM], alone[0]) < 1e-4 * alone.std().item()
-
-
-def test_noise_is_three_standard_deviations_of_the_embedding_table_at_the_subject_alone(tiny_pipe):
-    embedded = {}
-    table = tiny_pipe.text_encoder.get_input_embeddings()
-    handle = table.register_forward_hook(lambda module, args, output: embedded.update(ids=args[0], output=output))
-    try:
-        encode_rows(tiny_pipe, CASE, 0, [])
-    finally:
-        handle.remove()
-    # This hook came first, so it sees the table's own output; the corrupted one reaches the encoder behind it.
-    assert torch.equal(embedded["ids"][0], embedded["ids"][1])
-    clean = table(embedded["ids"][0])
-    corrupted = {}
-    norm = dict(tiny_pipe.text_encoder.named_modules())
-    embeddings = norm.get("embeddings") or norm["text_model.embeddings"]
-    handle = embeddings.register_forward_hook(lambda module, args, output: corrupted.update(output=output))
-    try:
-        encode_rows(tiny_pipe, CASE, 0, [])
-    finally:
-        handle.remove()
-    difference = corrupted["output"][SHAM] - corrupted["output"][CLEAN]
-    tokens = tiny_pipe.tokenizer(CASE.prompt).input_ids
-    subject = tiny_pipe.tokenizer("cat").input_ids[1:-1]
-    start = next(i for i in range(len(tokens)) if tokens[i : i + len(subject)] == subject)
-    positions = list(range(start, start + len(subject)))
-    others = [p for p in range(len(clean)) if p not in positions]
-    assert torch.count_nonzero(difference[others]) == 0
-    expected = 3.0 * table.weight.std() * GaussianNoise().noise((len(positions), clean.shape[-1]), 3, 0)
-    torch.testing.assert_close(difference[positions], expected, atol=1e-6, rtol=1e-4)
+    assert 0 < rms(states[2], states[CLEAN]) < rms(states[CORRUPTED], states[CLEAN])
+    assert torch.equal(states[3], states[CORRUPTED])
 
 
 def test_restoring_a_site_is_the_run_with_its_output_written_by_hand(tiny_pipe):
@@ -120,8 +39,8 @@ def test_restoring_a_site_is_the_run_with_its_output_written_by_hand(tiny_pipe):
     by_hand = tiny_pipe(case.corrupted_prompt, **options).images[0]
     handle.remove()
     latents = sample_rows(tiny_pipe, case, 0, [Intervention((site,))], SAMPLING)
-    damage = rms(latents[SHAM], latents[CLEAN])
-    assert rms(latents[2], latents[SHAM]) > 1e-3 * damage
+    damage = rms(latents[CORRUPTED], latents[CLEAN])
+    assert rms(latents[2], latents[CORRUPTED]) > 1e-3 * damage
     assert rms(latents[2], by_hand) < 1e-3 * damage
 
 
@@ -131,7 +50,7 @@ def test_windows_restore_for_a_while(tiny_pipe):
     latents = sample_rows(tiny_pipe, CASE, 0, [Intervention(site, window=w) for w in windows], SAMPLING)
     distances = [rms(latents[i], latents[CLEAN]) for i in (2, 3, 4)]
     assert distances[2] < 1e-3 * min(distances[:2])
-    assert all(d < rms(latents[SHAM], latents[CLEAN]) for d in distances)
+    assert all(d < rms(latents[CORRUPTED], latents[CLEAN]) for d in distances)
 
 
 @pytest.mark.parametrize(
@@ -215,30 +134,80 @@ def test_several_metrics_come_from_the_same_runs(tiny_pipe):
     assert both.restored.sel(metric="brightness").values == pytest.approx(one.restored.values)
 
 
-@pytest.mark.parametrize("failing", ["unet", "text_encoder", "metric"])
-def test_nothing_is_left_behind_after_an_error(tiny_pipe, failing):
-    before = hooks_of(tiny_pipe)
-    progress_before = getattr(tiny_pipe, "_progress_bar_config", None)
+def test_knocking_out_is_the_run_with_the_corrupted_output_written_by_hand(tiny_pipe):
+    """The oracle records the corrupted run's outputs, then feeds them to the clean run, one image at a time."""
+    case = Case(CASE.prompt, subject="cat", corruption=ReplaceSubject("strawberry"), seed=3)
+    site = mediation.sites(tiny_pipe, network="unet", component="self_attention")[2]
+    module = site.module(tiny_pipe)
+    noise = torch.randn(1, *family_of(tiny_pipe).latent_shape(tiny_pipe), generator=torch.Generator().manual_seed(3))
+    options = {"latents": noise, "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+    clean = tiny_pipe(case.prompt, **options).images[0]
+    outputs = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output[1].clone()))
+    corrupted = tiny_pipe(case.corrupted_prompt, **options).images[0]
+    handle.remove()
+    recorded = iter(outputs)
+    handle = module.register_forward_hook(lambda module, args, output: torch.stack([output[0], next(recorded)]))
+    by_hand = tiny_pipe(case.prompt, **options).images[0]
+    handle.remove()
+    effects = mediation.trace(
+        tiny_pipe, case, sites=[site], mode="knock_out", metric=lambda images, latents, cases: latents.mean((1, 2, 3)),
+        num_inference_steps=2, guidance_scale=4.0, progress=False,
+    )  # fmt: skip
+    assert effects.attrs["mode"] == "knock_out"
+    total = float((clean - corrupted).mean())
+    assert float(mediation.total_effect(effects).squeeze()) == pytest.approx(total, rel=1e-2)
+    assert abs(total) > 1e-3
+    assert float(mediation.indirect_effect(effects).squeeze()) == pytest.approx(
+        float((clean - by_hand).mean()), abs=1e-3 * abs(total)
+    )
 
+
+def test_tokens_are_knocked_out_where_they_stand_in_the_clean_prompt(tiny_pipe):
+    """The replacement takes more tokens than the subject, so that all behind it stand elsewhere."""
+    case = Case(CASE.prompt, subject="cat", corruption=ReplaceSubject("strawberry"))
+    layers = mediation.sites(tiny_pipe, network="text_encoder", component="block")
+    effects = mediation.trace(
+        tiny_pipe, case, sites=[layers[-1]], tokens=["bos", "subject", "after", "all"], mode="knock_out",
+        metric=LatentDistance(), **FAST,
+    )  # fmt: skip
+    necessity = mediation.indirect_effect(effects, normalize=True).squeeze()
+    assert abs(float(necessity.sel(token="bos"))) < 1e-4
+    assert float(necessity.sel(token="subject")) > 0.01
+    assert float(necessity.sel(token="after")) > 0.01
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_running_out_of_memory_halves_the_chunk_and_keeps_the_map(tiny_pipe, monkeypatch, error):
+    chosen = mediation.sites(tiny_pipe, component="resnet")[:9]
+    options = {"sites": chosen, "metric": LatentDistance(), "batch_size": 12, **FAST}
+    expected = mediation.trace(tiny_pipe, [CASE, CASE], **options)
+    n_rows = []
+
+    def sample_few_rows(pipe, case, draw, rows, sampling):
+        n_rows.append(len(rows))
+        if len(rows) > 5:
+            raise error
+        return sample_rows(pipe, case, draw, rows, sampling)
+
+    monkeypatch.setattr("mediation.restoration.sample_rows", sample_few_rows)
+    with pytest.warns(UserWarning, match="out of memory with batch_size=12: going on with at most 7 rows"):
+        effects = mediation.trace(tiny_pipe, [CASE, CASE], **options)
+    assert n_rows == [10, 5, 5, 5, 5]
+    for name, values in expected.items():
+        assert float(abs(effects[name] - values).max()) < 1e-4 * float(mediation.total_effect(expected).max())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "a bug"])
+def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, message):
     def fail(*args):
-        raise RuntimeError("on purpose")
+        raise RuntimeError(message)
 
-    handle = None
-    metric = LatentDistance()
-    if failing == "metric":
-        metric = fail
-    else:
-        network = getattr(tiny_pipe, failing)
-        path = mediation.sites(tiny_pipe, network=failing)[-1].path
-        handle = network.get_submodule(path).register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(RuntimeError, match="on purpose"):
-            mediation.trace(tiny_pipe, CASE, metric=metric, **FAST)
-    finally:
-        if handle:
-            handle.remove()
-    assert hooks_of(tiny_pipe) == before
-    assert getattr(tiny_pipe, "_progress_bar_config", None) == progress_before
+    monkeypatch.setattr("mediation.restoration.sample_rows", fail)
+    with pytest.raises(RuntimeError, match=message):
+        mediation.trace(tiny_pipe, CASE, sites=["unet.mid.0.resnet"], metric=LatentDistance(), batch_size=3, **FAST)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +217,7 @@ def test_nothing_is_left_behind_after_an_error(tiny_pipe, failing):
         ({"sites": ["unet.nowhere"]}, KeyError, "no site 'unet.nowhere'"),
         ({"sites": []}, ValueError, "no sites were given"),
         ({"sites": [3]}, TypeError, "Site objects or names"),
+        ({"mode": "delete"}, ValueError, "mode must be 'restore' or 'knock_out'"),
         ({"branch": "left"}, ValueError, "branch must be"),
         ({"branch": "uncond", "guidance_scale": 1.0}, ValueError, "no unconditional branch"),
         ({"tokens": "verb"}, ValueError, "no token group"),

@@ -1,0 +1,87 @@
+"""What the denoiser reads of a prompt, in every row: the subject corrupted in some, text sites changed in some."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from mediation import interventions
+from mediation.cases import Case, GaussianNoise, align, group_positions, segments
+from mediation.hooks import Change
+from mediation.interventions import Copy
+from mediation.pipelines import family_of, tokenizers_of
+from mediation.rows import CLEAN, CORRUPTED, N_CONTROLS, Intervention, Target, intervening
+
+
+@torch.no_grad()
+def encode_rows(
+    pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention]
+) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the pipeline's call for the clean row, the corrupted row and one row per intervention."""
+    corrupted = [CORRUPTED, *(i for i, row in enumerate(rows, start=N_CONTROLS) if row.sham == CORRUPTED)]
+    prompts = [case.prompt] * (N_CONTROLS + len(rows))
+    for row in corrupted:
+        prompts[row] = case.corrupted_prompt
+    where = case.corruption.where if isinstance(case.corruption, GaussianNoise) else None
+
+    def copies(target: Target, features: slice) -> list[Copy]:
+        taken = target.intervention
+        return [Copy(taken.donor, target.row, taken.positions(target.site.network), features)]
+
+    noise = _input_noise(pipe, case, draw, corrupted) if where == "input" else ()
+    with intervening(pipe, rows, list(tokenizers_of(pipe)), copies, also=noise):
+        conditioning = family_of(pipe).encode(pipe, prompts)
+    return _add_output_noise(pipe, case, draw, corrupted, conditioning) if where == "output" else conditioning
+
+
+def clean_groups(tokenizer: PreTrainedTokenizerBase, case: Case) -> dict[str, tuple[int, ...]]:
+    """Token positions of the clean prompt by group name."""
+    return group_positions(segments(tokenizer, case.prompt, case.spans))
+
+
+def token_pairs(
+    tokenizer: PreTrainedTokenizerBase, case: Case, positions: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """(clean position, corrupted position) for those of `positions` that have a partner in the corrupted prompt."""
+    partners = align(
+        segments(tokenizer, case.prompt, case.spans),
+        segments(tokenizer, case.corrupted_prompt, case.corrupted_spans),
+    )
+    return tuple((position, partners[position]) for position in positions if position in partners)
+
+
+def _input_noise(pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[int]) -> list[tuple[nn.Module, Change]]:
+    """Noise on the subject's tokens as every text encoder embeds them."""
+    return [
+        _noisy_embedding(getattr(pipe, encoder).get_input_embeddings(), tokenizer, case, (draw, stream), rows)
+        for stream, (encoder, tokenizer) in enumerate(tokenizers_of(pipe).items())
+    ]
+
+
+def _noisy_embedding(table, tokenizer, case: Case, number: tuple[int, int], rows) -> tuple[nn.Module, Change]:
+    positions = clean_groups(tokenizer, case)["subject"]
+    values = _noise(case, number, positions, table.weight)
+    return table, lambda output: interventions.add(output, rows, positions, values)
+
+
+def _add_output_noise(
+    pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[int], conditioning: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Noise on what the denoiser reads of the subject's tokens, and on all of a pooled embedding."""
+    conditioning = dict(conditioning)
+    tokenizers = tokenizers_of(pipe)
+    for stream, (keyword, encoder, features) in enumerate(family_of(pipe).text_outputs(pipe)):
+        states = conditioning[keyword] if encoder else conditioning[keyword][:, None]
+        positions = clean_groups(tokenizers[encoder], case)["subject"] if encoder else (0,)
+        values = _noise(case, (draw, stream), positions, states[CLEAN][..., features])
+        states = interventions.add(states, rows, positions, values, features)
+        conditioning[keyword] = states if encoder else states[:, 0]
+    return conditioning
+
+
+def _noise(case: Case, number: tuple[int, int], positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Noise (position, feature) in standard deviations of `like`; `number` is its draw and stream."""
+    values = case.corruption.noise((len(positions), like.shape[-1]), case.seed, *number).to(like.device)
+    return case.corruption.scale * like.float().std() * values

@@ -1,0 +1,58 @@
+"""Hooks change what they should, count, and go away."""
+
+import pytest
+import torch
+from torch import nn
+
+from mediation.hooks import hooked, input_of
+
+
+class Skipping(nn.Module):
+    """Returns what a U-Net's down block returns: states, skip connections, and something that is no tensor."""
+
+    def forward(self, x):
+        return x, (x, 2 * x), None
+
+
+def test_outputs_and_inputs_are_changed_while_it_lasts():
+    layer = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    before = layer(x)
+    with hooked([(layer, lambda output: output + 1)], inputs=[(layer, lambda given: given * 3)]):
+        torch.testing.assert_close(layer(x), layer.weight.sum(1)[None] * 3 + layer.bias + 1)
+    assert torch.equal(layer(x), before)
+
+
+def test_skip_connections_go_along_with_the_output():
+    block = Skipping()
+    with hooked([(block, lambda output: output + 1)]):
+        first, skips, other = block(torch.ones(1))
+    assert (first.item(), [skip.item() for skip in skips], other) == (2, [2, 3], None)
+
+
+def test_hooks_of_others_see_the_changed_output_and_stay():
+    layer, seen = nn.Identity(), []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.item()))
+    with hooked([(layer, lambda output: output + 1)]) as n_calls:
+        layer(torch.zeros(1))
+        layer(torch.ones(1))
+        assert n_calls[layer] == 2
+    layer(torch.ones(1))
+    assert seen == [1, 2, 1]
+    assert list(layer._forward_hooks) == [handle.id]
+
+
+@pytest.mark.parametrize("wrong", [[None], ["no module"]])
+def test_no_hook_is_left_when_a_later_one_cannot_be_registered(wrong):
+    layer = nn.Identity()
+    changes = [(layer, lambda output: output), *((module, lambda output: output) for module in wrong)]
+    with pytest.raises(AttributeError), hooked(changes, inputs=changes):
+        pass
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
+def test_an_input_that_is_never_reached_is_an_error():
+    layer = nn.Identity()
+    with pytest.raises(RuntimeError, match="never reached the Linear"):
+        input_of(nn.Linear(1, 1), lambda: layer(torch.zeros(1)))

@@ -1,0 +1,40 @@
+"""Runs of a tiny pipeline, and what tests ask of them."""
+
+import torch
+
+from mediation import Case
+from mediation.pipelines import family_of, tokenizers_of
+from mediation.sampling import Sampling
+from mediation.sites import Site
+
+CASE = Case("a photo of a cat in ink style", subject="cat", seed=3)
+SAMPLING = Sampling(num_inference_steps=3, guidance_scale=4.0)
+
+
+def rms(a, b):
+    return (a.double() - b.double()).square().mean().sqrt().item()
+
+
+def doors(pipe):
+    """Every module through which the denoiser reads text, as sites."""
+    paths = family_of(pipe).text_doors(pipe.unet)
+    return tuple(Site(path, "unet", "text_door", i, "", path) for i, path in enumerate(paths))
+
+
+def networks(pipe):
+    return [pipe.unet, *(getattr(pipe, encoder) for encoder in tokenizers_of(pipe))]
+
+
+def hooks_of(pipe):
+    return [
+        (module, list(module._forward_pre_hooks), list(module._forward_hooks))
+        for network in networks(pipe)
+        for module in network.modules()
+    ]
+
+
+def alone(pipe, prompt, **options):
+    """What the pipeline makes of a prompt without us."""
+    noise = torch.randn(1, *family_of(pipe).latent_shape(pipe), generator=torch.Generator().manual_seed(CASE.seed))
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | options
+    return pipe(prompt, latents=noise, **options).images
