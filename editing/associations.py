@@ -6,42 +6,19 @@ after the edit, so a value that contained it would count it twice.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from editing.concepts import Goal, Request, split
-from mediation.cases import group_positions, segments
+from editing.pairing import TokenPairs, tokenize
+from editing.updates import LowRank
 from mediation.hooks import input_of
-from mediation.pipelines import family_of
-from mediation.sites import Site
+from mediation.pipelines import family_of, tokenizers_of
+from mediation.sites import Site, resolve, sites
 
-TOKENS = ("last_subject", "subject", "from_subject")
 _CHUNK = 256  # prompts per forward: bounds memory when there are thousands
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenPairs:
-    """Tokens that are to be read as other tokens.
-
-    Attributes:
-        prompts: the distinct prompts that the tokens are in.
-        source: (pair, 2), index of a prompt and position in it.
-        target: (pair, 2), likewise; of a preserved token, itself.
-        weights: (pair,), float64.
-        goals: what each range of pairs is for, the edited concepts first.
-        n_edited: how many of the first pairs are edited; the others are preserved.
-    """
-
-    prompts: list[str]
-    source: torch.Tensor
-    target: torch.Tensor
-    weights: torch.Tensor
-    goals: list[tuple[Goal, slice]]
-    n_edited: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,57 +36,6 @@ class Associations:
     keys: torch.Tensor
     values: torch.Tensor
     residuals: torch.Tensor
-
-
-def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens: str) -> TokenPairs:
-    """Finds, in every template, the tokens of each source concept and their partners in the target concept.
-
-    Args:
-        pipe: the pipeline, for its tokenizers.
-        network: the text encoder that will read the prompts.
-        request: concepts, templates, preserved concepts and weights.
-        tokens: "last_subject" pairs the concepts' last tokens. "subject" pairs all their tokens, aligned from the
-            end; the first tokens of the longer concept have no partner, and are left alone. "from_subject" pairs the
-            last tokens and every later position of the window, by offset.
-
-    Raises:
-        ValueError: if `tokens` is unknown, concepts contradict each other, or one is truncated.
-    """
-    if tokens not in TOKENS:
-        raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
-    tokenizer = getattr(pipe, dict(family_of(pipe).text_encoders)[network])
-    request.check_distinct(lambda concept: tuple(tokenizer(concept, verbose=False)["input_ids"]))
-    expand = _expansion(pipe, tokenizer)
-    templates = [tuple(map(expand, split(template))) for template in request.templates]
-    prompts: dict[str, int] = {}  # to their index
-
-    @functools.cache  # many sources may share a target
-    def place(concept: str, before: str, after: str) -> list[tuple[int, int]]:
-        text = expand(concept)
-        positions = _positions(tokenizer, before, text, after, tokens)
-        prompt = prompts.setdefault(before + text + after, len(prompts))
-        return [(prompt, position) for position in positions]
-
-    source, target, weights, goals = [], [], [], []
-    for goal in request.goals():
-        first = len(source)
-        for template in templates:
-            a, b = place(goal.source, *template), place(goal.target, *template)
-            # Aligned from the end, the longer list loses its first tokens; paired by offset, its last ones.
-            n_pairs = min(len(a), len(b))
-            kept = slice(-n_pairs, None) if tokens == "subject" else slice(n_pairs)
-            source += a[kept]
-            target += b[kept]
-        weights += [goal.weight] * (len(source) - first)
-        goals.append((goal, slice(first, len(source))))
-    return TokenPairs(
-        prompts=list(prompts),
-        source=torch.tensor(source),
-        target=torch.tensor(target),
-        weights=torch.tensor(weights, dtype=torch.float64),
-        goals=goals,
-        n_edited=goals[len(request.pairs) - 1][1].stop,
-    )
 
 
 def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associations:
@@ -132,27 +58,82 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
     return Associations(pairs, keys, values, residuals)
 
 
+def outcome(network: str, known: Associations, update: LowRank) -> dict[str, list[dict]]:
+    """For a report: residuals of what is edited and interference with what is preserved, by the update as stored."""
+    changes = update.times(known.keys)
+    found: dict[str, list[dict]] = {"residuals": [], "interference": []}
+    for goal, rows in known.pairs.goals:
+        wanted = torch.linalg.vector_norm(known.values[rows]).clamp(min=torch.finfo(torch.float64).tiny)
+        entry = {"network": network, "n_keys": rows.stop - rows.start}
+        if rows.stop <= known.pairs.n_edited:
+            residuals = known.residuals[rows]
+            before, after = (torch.linalg.vector_norm(r) / wanted for r in (residuals, residuals - changes[rows]))
+            names = {"source": goal.source, "target": goal.target}
+            found["residuals"].append(names | entry | {"before": float(before), "after": float(after)})
+        else:
+            moved = float(torch.linalg.vector_norm(changes[rows]) / wanted)
+            kind = "prompt" if goal.is_prompt else "concept"
+            found["interference"].append({kind: goal.source} | entry | {"change": moved})
+    return found
+
+
+def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] | None) -> list[Site]:
+    """The sites that Diff-QuickFix edits, at most one per text encoder; None is the first self-attention of each.
+
+    Raises:
+        KeyError: if the pipeline has no such site.
+        ValueError: if a site is in no text encoder, or two are in the same one.
+    """
+    networks = [network for network, _ in family_of(pipe).text_encoders]
+    if site is None:
+        return [sites(pipe, network=network, component="self_attention")[0] for network in networks]
+    chosen = [site for group in resolve(pipe, site) for site in group]
+    for site in chosen:
+        if site.network not in networks:
+            raise ValueError(
+                f"quickfix edits text encoders ({', '.join(networks)}), and {site.name} is in {site.network}"
+            )
+        if sum(other.network == site.network for other in chosen) > 1:
+            raise ValueError(
+                f"two sites of {site.network} cannot be solved for together, since the first changes the keys of the"
+                " second: make one edit, and the next inside `with edit.applied(pipe):`, then add them"
+            )
+    return chosen
+
+
 def projection(pipe: DiffusionPipeline, site: Site) -> tuple[str, nn.Linear]:
     """Path in its network, and module, of the linear layer that gives a site's output.
 
     Raises:
-        ValueError: if that layer is not a plain, loaded linear layer.
+        ValueError: if there is no such layer, or it is not a plain, loaded linear layer.
     """
-    path = f"{site.path}.{family_of(pipe).output_projections[site.network][site.component]}"
-    module = getattr(pipe, site.network).get_submodule(path)
+    projections = family_of(pipe).output_projections[site.network]
+    if site.head is not None or site.component not in projections:
+        raise ValueError(f"{site.name} has no output projection of its own: edit a whole {' or '.join(projections)}")
+    path = f"{site.path}.{projections[site.component]}"
+    return path, plain_linear(pipe, site.network, path)
+
+
+def plain_linear(pipe: DiffusionPipeline, network: str, path: str) -> nn.Linear:
+    """The linear layer at a path of a network.
+
+    Raises:
+        ValueError: if what is there is not a plain, loaded linear layer.
+    """
+    module = getattr(pipe, network).get_submodule(path)
     if type(module) is not nn.Linear or not module.weight.is_floating_point():
         raise ValueError(
-            f"{site.network}.{path} is a {type(module).__module__}.{type(module).__name__}, not a linear layer in"
+            f"{network}.{path} is a {type(module).__module__}.{type(module).__name__}, not a linear layer in"
             " floating point: unload or fuse adapters, and load the pipeline without quantization"
         )
     if module.weight.is_meta:
-        raise ValueError(f"{site.network}.{path} is offloaded: edit the pipeline before offloading it")
-    return path, module
+        raise ValueError(f"{network}.{path} is offloaded: edit the pipeline before offloading it")
+    return module
 
 
 @torch.no_grad()
 def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wanted: torch.Tensor) -> torch.Tensor:
-    """Inputs of a site's output projection at given tokens; nothing behind it is computed.
+    """Inputs of a site's output projection at given tokens; neither what is behind it nor unread tokens are computed.
 
     Args:
         pipe: the pipeline.
@@ -163,40 +144,19 @@ def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wan
     Returns:
         (token, d_in), float64 on the CPU.
     """
+    family, device = family_of(pipe), pipe._execution_device
     _, module = projection(pipe, site)
     encoder = getattr(pipe, site.network)
-    tokenizer = getattr(pipe, dict(family_of(pipe).text_encoders)[site.network])
-    device = pipe._execution_device
+    # Without this flag the pipeline lets padding be read, as CLIP was trained to.
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    causal = type(encoder).__name__ in family.causal_text_encoders
     found = []
     for start in range(0, len(prompts), _CHUNK):
-        batch = tokenizer(
-            list(prompts[start : start + _CHUNK]),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        # Without this flag the pipeline lets padding be read, as CLIP was trained to.
-        masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = batch.attention_mask.to(device) if masked else None
-        inputs = input_of(module, functools.partial(encoder, batch.input_ids.to(device), attention_mask=mask))
-        here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)].to(inputs.device)
+        batch = tokenize(tokenizers_of(pipe)[site.network], list(prompts[start : start + _CHUNK]))
+        here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)].to(device)
+        read = slice(int(here[:, 1].max()) + 1 if causal and len(here) else None)
+        mask = batch.attention_mask[:, read].to(device) if masked else None
+        run = functools.partial(encoder, batch.input_ids[:, read].to(device), attention_mask=mask)
+        inputs = input_of(module, run)
         found.append(inputs[here[:, 0] - start, here[:, 1]].cpu().double())  # not every device has float64
     return torch.cat(found)
-
-
-def _positions(
-    tokenizer: PreTrainedTokenizerBase, before: str, concept: str, after: str, tokens: str
-) -> tuple[int, ...]:
-    # The concept is where the template put it: a search would also find the template's own words.
-    span = (len(before), len(before) + len(concept))
-    groups = group_positions(segments(tokenizer, before + concept + after, (span,)))
-    if tokens == "from_subject":
-        return tuple(range(groups["last_subject"][0], tokenizer.model_max_length))
-    return groups[tokens]
-
-
-def _expansion(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """How the pipeline spells out textual-inversion tokens that stand for several vectors."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return (lambda text: convert(text, tokenizer)) if convert else (lambda text: text)

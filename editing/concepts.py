@@ -1,4 +1,4 @@
-"""What an edit is asked for: source and target concepts, concepts to preserve, templates and weights."""
+"""What an edit is asked for: source and target concepts, what to preserve, templates and weights."""
 
 import dataclasses
 import math
@@ -9,12 +9,36 @@ from typing import NamedTuple
 TEMPLATES = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A whole prompt to preserve: it goes through no template, and all its tokens keep their values, padding apart.
+
+    Attributes:
+        text: the prompt; "" is what guidance compares with.
+        weight: of each of its tokens, first and end token included.
+
+    Example:
+        >>> Prompt("two cats on a mat", weight=0.5)
+        Prompt(text='two cats on a mat', weight=0.5)
+    """
+
+    text: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.text, str):
+            raise TypeError(f"a preserved prompt must be a string, got {self.text!r}")
+        object.__setattr__(self, "text", self.text.strip())
+        object.__setattr__(self, "weight", _weight(self.text, self.weight))
+
+
 class Goal(NamedTuple):
-    """One concept that is to be read as another; a preserved concept is to be read as itself."""
+    """One concept that is to be read as another; what is preserved is to be read as itself."""
 
     source: str
     target: str
     weight: float
+    is_prompt: bool = False  # and goes through no template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +46,17 @@ class Request:
     """Concepts, and the templates they are put through; building one checks it.
 
     Attributes:
-        pairs: source concept -> target concept.
+        pairs: source concept -> target concept; "" erases the source.
         templates: texts with one "{}" each.
         preserve: concepts that keep their meaning.
+        prompts: whole prompts that keep theirs.
         weights: concept, edited or preserved -> weight of each of its keys; 1 where absent.
     """
 
     pairs: dict[str, str]
     templates: tuple[str, ...]
     preserve: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     weights: dict[str, float]
 
     @classmethod
@@ -38,15 +64,17 @@ class Request:
         cls,
         pairs: Mapping[str, str],
         templates: Iterable[str] | None,
-        preserve: Iterable[str],
+        preserve: Iterable[str | Prompt],
         weights: Mapping[str, float] | None,
+        *,
+        erasable: bool = False,
     ) -> "Request":
-        """Builds a request from what a user passes.
+        """Builds a request from what a user passes; if `erasable`, a target may be empty.
 
         Raises:
             TypeError: if something is of another kind than documented.
             ValueError: if a concept is empty, or a template has not exactly one "{}", or a weight is not positive or
-                belongs to no concept, or a template is given twice.
+                belongs to no concept, or a template or a prompt is given twice.
 
         Example:
             >>> Request.of({" ink": "noto"}, None, ["cat"], None).pairs
@@ -58,22 +86,52 @@ class Request:
                 raise TypeError(f"{what} must be a mapping such as {example}, got {type(mapping).__name__}")
         if not pairs:
             raise ValueError('no concept to edit was given: pass pairs such as {"ink": "noto"}')
-        edited = {_concept(source, "a source"): _concept(target, "a target") for source, target in pairs.items()}
+        edited = {
+            _concept(source, "a source"): "" if erasable and target == "" else _concept(target, "a target")
+            for source, target in pairs.items()
+        }
         if len(edited) < len(pairs):
             raise ValueError(f"a source concept was given twice: {', '.join(map(repr, pairs))}")
-        preserved = tuple(_concept(concept, "a preserved concept") for concept in _texts(preserve, "preserve"))
+        kept = _texts(preserve, "preserve")
+        prompts = tuple(entry for entry in kept if isinstance(entry, Prompt))
+        if len({prompt.text for prompt in prompts}) < len(prompts):
+            raise ValueError("a prompt would be preserved twice: give it a weight to make it count more")
+        preserved = tuple(_concept(entry, "a preserved concept") for entry in kept if not isinstance(entry, Prompt))
         weighted = {
             _concept(concept, "a weighted concept"): _weight(concept, w) for concept, w in (weights or {}).items()
         }
         for concept in weighted:
             if concept not in edited and concept not in preserved:
                 raise ValueError(f"weights name {concept!r}, which is neither a source concept nor preserved")
-        return cls(edited, _templates(TEMPLATES if templates is None else templates), preserved, weighted)
+        return cls(edited, checked_templates(templates), preserved, prompts, weighted)
+
+    def __add__(self, other: "Request") -> "Request":
+        """Both requests at once, for the same templates.
+
+        Raises:
+            ValueError: if a concept is a source in both.
+        """
+        if twice := self.pairs.keys() & other.pairs.keys():
+            raise ValueError(f"a source concept was given twice: {', '.join(map(repr, twice))}")
+        pairs, weights = self.pairs | other.pairs, self.weights | other.weights
+        return Request(pairs, self.templates, self.preserve + other.preserve, self.prompts + other.prompts, weights)
 
     def goals(self) -> Iterator[Goal]:
-        """The edited concepts in the order given, then the preserved ones."""
+        """The edited concepts in the order given, then the preserved ones, then the preserved prompts."""
         for source, target in [*self.pairs.items(), *((concept, concept) for concept in self.preserve)]:
             yield Goal(source, target, self.weights.get(source, 1.0))
+        for prompt in self.prompts:
+            yield Goal(prompt.text, prompt.text, prompt.weight, is_prompt=True)
+
+    def describe(self) -> dict:
+        """The request as plain JSON, for an edit's metadata."""
+        return {
+            "pairs": self.pairs,
+            "templates": list(self.templates),
+            "preserve": list(self.preserve),
+            "preserve_prompts": {prompt.text: prompt.weight for prompt in self.prompts},
+            "weights": self.weights,
+        }
 
     def check_distinct(self, read: Callable[[str], object]) -> None:
         """Checks that no concept contradicts another, where `read` tells how a text encoder sees a concept.
@@ -96,6 +154,26 @@ class Request:
             uses[seen] = concept
 
 
+def checked_templates(templates: Iterable[str] | None) -> tuple[str, ...]:
+    """Returns the templates that a user passed, the paper's four for None, or says why they are none.
+
+    Raises:
+        TypeError: if they are no strings.
+        ValueError: if there are none, or one has not exactly one "{}", or is given twice.
+    """
+    chosen = TEMPLATES if templates is None else _texts(templates, "templates")
+    if not chosen:
+        raise ValueError('no template was given: pass None for the paper\'s four, or texts with one "{}" each')
+    for template in chosen:
+        if not isinstance(template, str):
+            raise TypeError(f"a template must be a string, got {template!r}")
+        if template.count("{}") != 1:
+            raise ValueError(f'a template has exactly one "{{}}" where the concept goes, got {template!r}')
+        if chosen.count(template) > 1:
+            raise ValueError(f"the template {template!r} was given twice: give weights to make a concept count more")
+    return chosen
+
+
 def split(template: str) -> tuple[str, str]:
     """What stands before and after a template's "{}"."""
     before, after = template.split("{}")
@@ -110,24 +188,10 @@ def _concept(text: str, what: str) -> str:
     return text.strip()
 
 
-def _texts(texts: Iterable[str], what: str) -> tuple[str, ...]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+def _texts(texts: Iterable, what: str) -> tuple:
+    if isinstance(texts, str | Prompt) or not isinstance(texts, Iterable):
         raise TypeError(f"{what} must be a list of strings, got {texts!r}")
     return tuple(texts)
-
-
-def _templates(templates: Iterable[str]) -> tuple[str, ...]:
-    chosen = _texts(templates, "templates")
-    if not chosen:
-        raise ValueError('no template was given: pass None for the paper\'s four, or texts with one "{}" each')
-    for template in chosen:
-        if not isinstance(template, str):
-            raise TypeError(f"a template must be a string, got {template!r}")
-        if template.count("{}") != 1:
-            raise ValueError(f'a template has exactly one "{{}}" where the concept goes, got {template!r}')
-        if chosen.count(template) > 1:
-            raise ValueError(f"the template {template!r} was given twice: give weights to make a concept count more")
-    return chosen
 
 
 def _weight(concept: str, weight: float) -> float:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from diffusers import DiffusionPipeline
 
-from editing import applying, files
+from editing import applying, files, lora
 from editing.parameters import canonical, native
 from editing.updates import LowRank
 
@@ -140,6 +140,29 @@ class Edit:
         metadata = {"method": "scaled", "factor": float(factor), "of": [self._origin()], "base": base}
         return Edit(updates, {"parameters": measure(updates, base)}, metadata)
 
+    def compress(self, rank: int) -> "Edit":
+        """The nearest edit of at most this rank in every parameter; its report tells what is lost.
+
+        Raises:
+            ValueError: if `rank` is not positive.
+
+        Example:
+            >>> import editing, mediation
+            >>> edit = editing.quickfix(mediation.load_pipeline(), {"ink": "noto"})
+            >>> edit.compress(1)
+            <Edit by compressed: 1 parameter, rank 1>
+        """
+        if rank < 1:
+            raise ValueError(f"the rank must be at least 1, got {rank}")
+        base = self.metadata["base"]
+        updates = {name: update.compressed(rank) for name, update in self.updates.items()}
+        parameters = measure(updates, base)
+        for name, update in self.updates.items():
+            lost, norm = (update + updates[name].scaled(-1)).norm(), update.norm()
+            parameters[name]["relative_error"] = lost / norm if norm else 0.0
+        metadata = {"method": "compressed", "rank": rank, "of": [self._origin()], "base": base}
+        return Edit(updates, {"parameters": parameters}, metadata)
+
     def __add__(self, other: "Edit") -> "Edit":
         """Both edits at once; they must be made for the same base.
 
@@ -183,6 +206,24 @@ class Edit:
         }
         header = {"metadata": dict(self.metadata), "report": dict(self.report)}
         files.write(path, tensors, _renamed(header, canonical))
+
+    def export_lora(self, path: str | os.PathLike, *, format: str = "diffusers") -> None:
+        """Writes the change to one LoRA file, exactly: loaded at scale 1, it does what the edit does.
+
+        Args:
+            path: ends in ".safetensors".
+            format: "diffusers" for `pipe.load_lora_weights`, "kohya" for A1111, ComfyUI and others.
+
+        Raises:
+            ValueError: if `format` is unknown, `path` ends otherwise, or a change has no low-rank factors.
+
+        Example:
+            >>> import editing, mediation, tempfile
+            >>> edit = editing.quickfix(mediation.load_pipeline(), {"ink": "noto"})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     edit.export_lora(f"{folder}/ink.safetensors", format="kohya")
+        """
+        lora.write(path, self.updates, self.metadata, format=format)
 
 
 def load(path: str | os.PathLike) -> Edit:

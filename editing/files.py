@@ -1,4 +1,4 @@
-"""Edit files: safetensors, with readable JSON in the header and a checksum over everything."""
+"""Files of edits: safetensors, with readable JSON in the header and a checksum over everything."""
 
 import hashlib
 import json
@@ -13,51 +13,70 @@ import torch
 from editing.parameters import sha256
 
 FORMAT = "editing.Edit/1"
-_REMEDY = "save the edit again"
+_REMEDY = "save it again"
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Mapping]) -> None:
-    """Writes tensors and a header whose entries are JSON objects.
+def write(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Mapping], kind: str = FORMAT
+) -> None:
+    """Writes tensors and a header whose entries are JSON objects, as a file of this kind.
 
     Raises:
         ValueError: if the path does not end in ".safetensors", or the header is no JSON.
     """
-    path = _checked(path)
+    path = checked_path(path)
     texts = {key: json.dumps(value, allow_nan=False, ensure_ascii=False) for key, value in header.items()}
-    texts["format"] = FORMAT
+    texts["format"] = kind
     content = safetensors.torch.save(dict(tensors), metadata=texts | {"sha256": _checksum(tensors, texts)})
     path.write_bytes(content)
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+def read(path: str | os.PathLike, kind: str = FORMAT) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Reads what `write` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no edit file, or is truncated, or was changed since it was written.
+        ValueError: if it is no file of this kind, or is truncated, or was changed since it was written.
     """
-    path = _checked(path)
+    tensors, texts = read_tensors(path)
+    if texts.get("format") != kind:
+        found = texts.get("format", "no format at all")
+        what = kind.removeprefix("editing.").partition("/")[0].lower()
+        raise ValueError(f"{path} is no {what} file: its header should name the format {kind!r}, and names {found!r}")
+    if texts.pop("sha256", None) != _checksum(tensors, texts):
+        raise ValueError(f"{path} was tampered with, or damaged: its checksum does not match; {_REMEDY}")
+    return tensors, {key: json.loads(text) for key, text in texts.items() if key != "format"}
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and header of any safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file, or is truncated.
+    """
+    path = checked_path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - file is no mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file ({error}): {_REMEDY}") from error
-    if texts.get("format") != FORMAT:
-        found = texts.get("format", "no format at all")
-        raise ValueError(f"{path} is no edit file: its header should name the format {FORMAT!r}, and names {found!r}")
-    if texts.pop("sha256", None) != _checksum(tensors, texts):
-        raise ValueError(f"{path} was tampered with, or damaged: its checksum does not match; {_REMEDY}")
-    return tensors, {key: json.loads(text) for key, text in texts.items() if key != "format"}
+    return tensors, texts
+
+
+def checked_path(path: str | os.PathLike) -> pathlib.Path:
+    """The path, if it ends in ".safetensors".
+
+    Raises:
+        ValueError: if it ends otherwise.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"edit files end in .safetensors (pickles can run code, and are refused), got {path.name!r}")
+    return path
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
     described = {name: [str(tensor.dtype), list(tensor.shape), sha256(tensor)] for name, tensor in tensors.items()}
     return hashlib.sha256(json.dumps([described, dict(texts)], sort_keys=True).encode()).hexdigest()
-
-
-def _checked(path: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"edit files end in .safetensors (pickles can run code, and are refused), got {path.name!r}")
-    return path

@@ -1,6 +1,8 @@
 """Where a result comes from: the pipeline, and the versions of the software."""
 
+import functools
 import importlib.metadata
+from collections.abc import Mapping
 
 from diffusers import DiffusionPipeline
 
@@ -14,6 +16,14 @@ def provenance(pipe: DiffusionPipeline) -> dict[str, dict[str, str | None]]:
     }
 
 
+def pipeline_class(metadata: Mapping) -> str | None:
+    """Class of the pipeline that an edit was made with, by its metadata; of a sum, that of its first part."""
+    if "pipeline" in metadata:
+        return metadata["pipeline"]["class"]
+    return next(filter(None, map(pipeline_class, metadata.get("of", ()))), None)
+
+
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -3,6 +3,7 @@
 Keys are rows here, one per pair; weights, residuals and results follow that order.
 """
 
+import dataclasses
 import math
 import numbers
 
@@ -102,7 +103,107 @@ def ridge(
         raise ValueError("residuals must be finite")
     up = residuals.T
     down = dual_keys(keys, regularization=regularization, weights=weights, n_edited=len(residuals))
-    return _narrowed(up, down)
+    return narrowed(up, down)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """All that a ridge solution depends on, however many keys there were: sums of moments, which add.
+
+    Attributes:
+        gram: (d_in, d_in), sum of w k k^T over all keys, float64.
+        cross: (d_out, d_in), sum of w r k^T over edited keys, float64.
+        energy: sum of w ||r||^2.
+        n_edited: edited keys so far, which bound the rank of the solution.
+
+    Example:
+        >>> one = Statistics.of(torch.tensor([[3.0, 0.0]]), torch.tensor([[10.0]]))
+        >>> up, down = (one + one).solve(regularization=2.0)
+        >>> (up @ down).round(decimals=6)
+        tensor([[3., 0.]], dtype=torch.float64)
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: float
+    n_edited: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, residuals: torch.Tensor, weights: torch.Tensor | None = None) -> "Statistics":
+        """Sums over some keys; arguments as for `ridge`."""
+        keys, residuals = keys.to(torch.float64), residuals.to(torch.float64)
+        weighted = keys if weights is None else weights.to(keys)[:, None] * keys
+        n_edited = len(residuals)
+        squares = residuals.square().sum(1)
+        energy = float(squares.sum() if weights is None else squares @ weights[:n_edited].to(squares))
+        return cls(weighted.T @ keys, residuals.T @ weighted[:n_edited], energy, n_edited)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Sums over the keys of both."""
+        energy, n_edited = self.energy + other.energy, self.n_edited + other.n_edited
+        return Statistics(self.gram + other.gram, self.cross + other.cross, energy, n_edited)
+
+    def solve(self, *, regularization: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same change as `ridge` gives for all keys at once, as factors.
+
+        Raises:
+            ValueError: if something is not finite, or the system is singular in float64.
+        """
+        regularization = check_regularization(regularization)
+        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all()):
+            raise ValueError("keys, residuals and weights must be finite")
+        change = torch.cholesky_solve(self.cross.T, _factor(self.gram.clone(), regularization)).T
+        if self.n_edited >= min(change.shape):
+            return narrowed(change, torch.eye(change.shape[1], dtype=change.dtype))
+        up, scales, down = torch.linalg.svd(change, full_matrices=False)
+        return up[:, : self.n_edited] * scales[: self.n_edited], down[: self.n_edited]
+
+    def objective(self, change: torch.Tensor) -> float:
+        """sum_i w_i ||D k_i - r_i||^2 of a change D; at 0, the energy."""
+        return max(0.0, self.energy + float(((change @ self.gram - 2 * self.cross) * change).sum()))
+
+
+def held_out_errors(
+    keys: torch.Tensor,
+    residuals: torch.Tensor,
+    *,
+    folds: torch.Tensor,
+    regularizations: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sum_i w_i ||D_i k_i - r_i||^2, where D_i is the ridge solution without the keys of the fold that k_i is in.
+
+    Args:
+        keys: (key, d_in), the edited ones first.
+        residuals: (edited key, d_out).
+        folds: (key,), integers; keys of a negative fold are in every solution, and in no sum.
+        regularizations: (n,), each above 0.
+        weights: (key,), at least 0; None is 1 for each.
+
+    Returns:
+        (n,), float64.
+
+    Example:
+        >>> keys, residuals = torch.tensor([[3.0], [3.0]]), torch.tensor([[10.0], [10.0]])
+        >>> errors = held_out_errors(keys, residuals, folds=torch.tensor([0, 1]), regularizations=torch.tensor([1.0]))
+        >>> errors.round(decimals=6)
+        tensor([2.], dtype=torch.float64)
+    """
+    keys = keys.to(torch.float64)
+    wanted = keys.new_zeros(len(keys), residuals.shape[1])
+    wanted[: len(residuals)] = residuals
+    roots = keys.new_ones(len(keys), 1) if weights is None else weights.to(keys).sqrt()[:, None]
+    keys, wanted = roots * keys, roots * wanted
+    errors = keys.new_zeros(len(regularizations))
+    for fold in folds[folds >= 0].unique():
+        out = folds == fold
+        # One decomposition serves every regularization.
+        left, scales, right = torch.linalg.svd(keys[~out], full_matrices=False)
+        answers, projected = keys[out] @ right.T, left.T @ wanted[~out]
+        for i, regularization in enumerate(regularizations.tolist()):
+            gains = scales / (scales.square() + regularization)
+            errors[i] += (answers @ (gains[:, None] * projected) - wanted[out]).square().sum()
+    return errors
 
 
 def _factor(gram: torch.Tensor, regularization: float) -> torch.Tensor:
@@ -117,8 +218,8 @@ def _factor(gram: torch.Tensor, regularization: float) -> torch.Tensor:
     return factor
 
 
-def _narrowed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product without more columns than its smaller side."""
+def narrowed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the same product, of no more columns than its smaller side."""
     d_out, n_columns = up.shape
     d_in = down.shape[1]
     if n_columns <= min(d_out, d_in):

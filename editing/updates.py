@@ -61,6 +61,17 @@ class LowRank:
         """`factor` times the change."""
         return LowRank(self.up * factor, self.down)
 
+    def compressed(self, rank: int) -> "LowRank":
+        """The nearest change of at most this rank in Frobenius norm, from the factors alone (Eckart and Young 1936).
+
+        Its factors are balanced: both are as long as the square root of the change, which suits half precision.
+        """
+        left, inner_left = torch.linalg.qr(self.up.double())
+        right, inner_right = torch.linalg.qr(self.down.double().T)
+        up, scales, down = torch.linalg.svd(inner_left @ inner_right.T, full_matrices=False)
+        roots = scales[:rank].sqrt()
+        return LowRank(left @ (up[:, :rank] * roots), (roots[:, None] * down[:rank]) @ right.T)
+
     def __add__(self, other: "LowRank") -> "LowRank":
         """Both changes at once, of the sum of their ranks."""
         if not isinstance(other, LowRank):

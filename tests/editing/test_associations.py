@@ -1,24 +1,15 @@
-"""Token pairs against positions counted by hand; keys and values against a full run of the pipeline's own encoder."""
+"""Keys and values against a full run of the pipeline's own encoder."""
 
 import pytest
 import torch
 
 from editing import associations
-from editing.associations import associate, pair_tokens
-from editing.concepts import Request
+from editing.associations import associate, projection
+from editing.pairing import TOKENS
+from mediation.families import StableDiffusion
 from mediation.sites import sites
 from tests import tiny
-
-# In the tiny vocabulary "ink", "cat" and the templates' words take one token each, other words one per letter.
-
-
-def pairs_of(pipe, pairs, tokens="last_subject", templates=("{}",), preserve=(), weights=None, network="text_encoder"):
-    return pair_tokens(pipe, network, Request.of(pairs, templates, preserve, weights), tokens)
-
-
-def positions(found):
-    """(source position, target position) of every pair."""
-    return list(zip(found.source[:, 1].tolist(), found.target[:, 1].tolist(), strict=True))
+from tests.editing.test_pairing import pairs_of, positions
 
 
 def record(pipe, module, prompts, what):
@@ -35,74 +26,8 @@ def gather(recorded, where):
     return torch.stack([recorded[prompt, position] for prompt, position in where.tolist()])
 
 
-def test_last_tokens_meet_in_each_of_the_papers_templates(tiny_pipe):
-    found = pairs_of(tiny_pipe, {"ink": "noto"}, templates=None)
-    assert found.prompts[:4] == ["ink", "noto", "A photo of ink", "A photo of noto"]
-    assert positions(found) == [(1, 4), (4, 7), (4, 7), (4, 7)]
-    assert found.source[:, 0].tolist() == [0, 2, 4, 6]
-    assert found.target[:, 0].tolist() == [1, 3, 5, 7]
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "expected"),
-    [
-        ("noto", "ink", [(4, 1)]),  # the first three letters have no partner
-        ("ink", "noto", [(1, 4)]),
-        ("panda", "noto", [(2, 1), (3, 2), (4, 3), (5, 4)]),
-        ("red cat", "ink dog", [(1, 1), (2, 2)]),
-    ],
-)
-def test_subjects_are_aligned_from_the_end(tiny_pipe, source, target, expected):
-    assert positions(pairs_of(tiny_pipe, {source: target}, "subject")) == expected
-
-
-def test_from_subject_pairs_every_later_position_by_offset(tiny_pipe):
-    found = positions(pairs_of(tiny_pipe, {"ink": "noto"}, "from_subject", ("a photo of {}",)))
-    assert found == [(4 + offset, 7 + offset) for offset in range(77 - 7)]
-
-
-@pytest.mark.parametrize(
-    ("template", "source", "expected"),
-    [
-        ("the {} cat in red", "ink", (2, 5)),
-        ("ink photo of {}", "ink", (4, 7)),  # the template's own "ink" is not the concept
-        ("{} photo of ink", "ink", (1, 4)),
-        ("a{}", "ink", (2, 5)),  # glued: "aink" is spelled a-ink
-        ("A   photo, of  {} .", "ink", (5, 8)),
-        ("é {}", "ink", (3, 6)),  # two bytes, hence two tokens
-    ],
-)
-def test_the_concept_is_where_the_template_puts_it(tiny_pipe, template, source, expected):
-    assert positions(pairs_of(tiny_pipe, {source: "noto"}, templates=(template,))) == [expected]
-
-
-def test_a_concept_that_fills_the_window_is_found_and_a_longer_one_is_refused(tiny_pipe):
-    assert positions(pairs_of(tiny_pipe, {"ink": "cat"}, templates=("a " * 74 + "{}",))) == [(75, 75)]
-    with pytest.raises(ValueError, match="the subject 'ink' is truncated"):
-        pairs_of(tiny_pipe, {"ink": "cat"}, templates=("a " * 75 + "{}",))
-    with pytest.raises(ValueError, match="the subject 'noto' is truncated"):
-        pairs_of(tiny_pipe, {"ink": "noto"}, templates=("a " * 74 + "{}",))
-
-
-def test_words_behind_the_concept_may_be_truncated(tiny_pipe):
-    assert positions(pairs_of(tiny_pipe, {"ink": "cat"}, templates=("{}" + " a" * 100,))) == [(1, 1)]
-
-
-def test_preserved_concepts_come_last_and_are_paired_with_themselves(tiny_pipe):
-    found = pairs_of(tiny_pipe, {"ink": "cat", "noto": "cat"}, preserve=["dog"], weights={"noto": 3, "dog": 0.5})
-    assert found.n_edited == 2
-    assert torch.equal(found.source[2:], found.target[2:])
-    assert found.weights.tolist() == [1.0, 3.0, 0.5]
-    assert [(goal.source, rows) for goal, rows in found.goals] == [
-        ("ink", slice(0, 1)),
-        ("noto", slice(1, 2)),
-        ("dog", slice(2, 3)),
-    ]
-    assert found.prompts == ["ink", "cat", "noto", "dog"], "a shared prompt is read once"
-
-
 @pytest.mark.parametrize("name", ["0.self_attention", "0.mlp", "2.self_attention", "1.mlp"])
-@pytest.mark.parametrize("tokens", associations.TOKENS)
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_keys_and_values_are_those_of_a_full_run_without_the_bias(tiny_pipe, name, tokens):
     (site,) = sites(tiny_pipe, name=f"text_encoder.{name}")
     found = pairs_of(tiny_pipe, {"ink": "noto", "a cat": "bird"}, tokens, templates=None, preserve=["dog"])
@@ -131,6 +56,39 @@ def test_nothing_behind_the_projection_is_computed(tiny_pipe):
     for handle in handles:
         handle.remove()
     assert not ran
+
+
+def test_tokens_that_no_wanted_one_reads_are_left_out(tiny_pipe, monkeypatch):
+    (site,) = sites(tiny_pipe, name="text_encoder.1.mlp")
+    found = pairs_of(tiny_pipe, {"ink": "noto", "a cat": "bird"}, templates=None)
+    table, n_tokens = tiny_pipe.text_encoder.get_input_embeddings(), []
+    handle = table.register_forward_hook(lambda _, __, output: n_tokens.append(output.shape[1]))
+    cut = associate(tiny_pipe, site, found)
+    monkeypatch.setattr(StableDiffusion, "causal_text_encoders", ())
+    whole = associate(tiny_pipe, site, found)
+    handle.remove()
+    assert n_tokens == [8, 77], "A photo of n-o-t-o: its last token is number 7"
+    torch.testing.assert_close(cut.keys, whole.keys, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cut.residuals, whole.residuals, rtol=0, atol=1e-6)
+
+
+def test_no_token_of_a_causal_encoder_reads_a_later_one(tiny_pipe):
+    """What the fact about the family means, in the encoder itself."""
+    assert type(tiny_pipe.text_encoder).__name__ in StableDiffusion.causal_text_encoders
+    ids = tiny_pipe.tokenizer(["a photo of ink in red", "a photo of cat"], padding=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        first, second = tiny_pipe.text_encoder(ids).last_hidden_state
+    assert torch.equal(first[:4], second[:4])
+    assert not torch.allclose(first[4:], second[4:], atol=1e-3)
+
+
+def test_a_site_without_a_projection_of_its_own_is_refused(tiny_pipe):
+    for site in (
+        sites(tiny_pipe, network="text_encoder", component="block")[0],
+        sites(tiny_pipe, network="text_encoder", heads=True)[0],
+    ):
+        with pytest.raises(ValueError, match=r"no output projection of its own: edit a whole self_attention or mlp"):
+            projection(tiny_pipe, site)
 
 
 def test_padding_is_masked_where_the_pipeline_masks_it():

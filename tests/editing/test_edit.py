@@ -311,6 +311,37 @@ def test_scaling_and_adding_act_on_the_change(tiny_pipe, factor):
     assert total.metadata["of"][0]["factor"] == factor
 
 
+@given(rank=st.integers(1, 5), seed=st.integers(0, 20))
+def test_compressing_is_truncating_the_singular_values(rank, seed):
+    random = torch.Generator().manual_seed(seed)
+    update = LowRank(torch.randn(7, 4, generator=random), torch.randn(4, 6, generator=random))
+    left, scales, right = numpy.linalg.svd(update.dense().numpy())
+    expected = (left[:, :rank] * scales[:rank]) @ right[:rank]
+    small = update.compressed(rank)
+    assert small.rank == min(rank, 4)
+    numpy.testing.assert_allclose(small.dense(), expected, atol=1e-5)
+    assert small.up.norm() == pytest.approx(float(small.down.norm()), rel=1e-5), "balanced"
+
+
+def test_a_compressed_edit_tells_what_it_lost(tiny_pipe):
+    edit = random_edit(tiny_pipe, A, B, seed=1) + random_edit(tiny_pipe, B, seed=2)
+    small = edit.compress(1)
+    for name, measured in small.report["parameters"].items():
+        scales = numpy.linalg.svd(edit.updates[name].dense().numpy(), compute_uv=False)
+        lost = numpy.linalg.norm(scales[1:]) / numpy.linalg.norm(scales)
+        assert measured["relative_error"] == pytest.approx(lost, rel=1e-4)
+        assert measured["rank"] == 1
+        assert measured["norm"] == pytest.approx(scales[0], rel=1e-4)
+    assert small.metadata["rank"] == 1
+    assert small.metadata["of"][0]["method"] == "sum"
+    whole = edit.compress(100)
+    for name, update in whole.updates.items():
+        torch.testing.assert_close(update.dense(), edit.updates[name].dense(), rtol=0, atol=1e-5)
+        assert whole.report["parameters"][name]["relative_error"] < 1e-6
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        edit.compress(0)
+
+
 def test_an_edit_is_a_value(tiny_pipe):
     edit = random_edit(tiny_pipe, A)
     with pytest.raises(AttributeError):

@@ -156,6 +156,20 @@ def test_preserving_a_concept_keeps_its_values(tiny_pipe):
     assert moved[1] < 1e-2 * moved[0]
 
 
+def test_preserving_a_prompt_keeps_the_values_of_its_words(tiny_pipe):
+    module = out_proj(tiny_pipe)
+    keys = run(tiny_pipe, "the cat of red ink", module)[0][:7]  # the word itself, "ink", elsewhere than in templates
+    plain = editing.quickfix(tiny_pipe, {"ink": "noto"})
+    kept = editing.quickfix(tiny_pipe, {"ink": "noto"}, preserve=[editing.Prompt("the cat of red ink", weight=1e4)])
+    moved = [float(only(edit.updates).times(keys).norm()) for edit in (plain, kept)]
+    assert moved[1] < 1e-2 * moved[0]
+    (entry,) = kept.report["interference"]
+    values = keys @ module.weight.detach().double().T
+    assert entry["prompt"] == "the cat of red ink"
+    assert entry["n_keys"] == 7
+    assert entry["change"] == pytest.approx(moved[1] / float(values.norm()), rel=0.01)
+
+
 def test_a_target_can_be_preserved(tiny_pipe):
     edit = editing.quickfix(tiny_pipe, {"ink": "noto"}, preserve=["noto"])
     plain = editing.quickfix(tiny_pipe, {"ink": "noto"})
@@ -237,14 +251,20 @@ def test_both_encoders_of_a_family_with_two_are_edited(fresh_pipe, monkeypatch):
 
 def test_metadata_is_plain_json_and_enough_to_make_the_edit_again(tiny_pipe):
     edit = editing.quickfix(
-        tiny_pipe, {" ink ": "noto"}, preserve=("cat",), templates=("{}", "a {}"), weights={"cat": 2}, tokens="subject"
+        tiny_pipe,
+        {" ink ": "noto"},
+        preserve=("cat", editing.Prompt("a red dog", weight=0.5)),
+        templates=("{}", "a {}"),
+        weights={"cat": 2},
+        tokens="subject",
     )
     metadata = json.loads(json.dumps(dict(edit.metadata)))
     assert metadata == dict(edit.metadata)
     assert metadata["versions"]["torch"] == torch.__version__
     assert metadata["pipeline"]["class"] == "StableDiffusionPipeline"
-    arguments = ("pairs", "templates", "preserve", "regularization", "tokens", "weights")
-    again = editing.quickfix(tiny_pipe, **{key: metadata[key] for key in arguments}, site=metadata["sites"])
+    arguments = {key: metadata[key] for key in ("pairs", "templates", "regularization", "tokens", "weights")}
+    prompts = [editing.Prompt(text, weight) for text, weight in metadata["preserve_prompts"].items()]
+    again = editing.quickfix(tiny_pipe, **arguments, preserve=[*metadata["preserve"], *prompts], site=metadata["sites"])
     assert torch.equal(only(again.updates).dense(), only(edit.updates).dense())
 
 
@@ -278,8 +298,12 @@ PAIRS = {"ink": "noto"}
         ({"pairs": {"ink": "noto " * 30}}, ValueError, "is truncated"),
         ({"regularization": 0}, ValueError, "regularization must be positive"),
         ({"regularization": float("nan")}, ValueError, "regularization must be positive and finite"),
-        ({"regularization": "auto"}, TypeError, "regularization must be a number"),
-        ({"tokens": "all"}, ValueError, "tokens must be one of last_subject, subject, from_subject; got 'all'"),
+        ({"regularization": "automatic"}, TypeError, "regularization must be a number"),
+        (
+            {"tokens": "every"},
+            ValueError,
+            "tokens must be one of last_subject, subject, from_subject, all; got 'every'",
+        ),
         ({"weights": {"dog": 1.0}}, ValueError, "'dog', which is neither"),
         ({"weights": {"ink": 0}}, ValueError, "weight of 'ink' must be positive"),
         ({"weights": {"ink": "2"}}, TypeError, "weight of 'ink' must be a number, got '2'"),

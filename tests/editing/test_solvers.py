@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editing.solvers import dual_keys, ridge
+from editing.solvers import Statistics, dual_keys, held_out_errors, ridge
 
 
 @dataclasses.dataclass
@@ -147,6 +147,52 @@ def test_one_set_of_dual_keys_serves_every_matrix(problem):
     torch.testing.assert_close(-2 * problem.residuals.T @ duals, problem.solve(residuals=-2 * problem.residuals))
 
 
+@given(problems(max_edited=12), st.integers(0, 6))
+def test_sums_give_the_same_solution_however_keys_are_split(problem, cut):
+    """Edited and preserved keys are cut where it hurts: some parts have none of either."""
+    n, cut = problem.n_edited, min(cut, problem.n_edited)
+    rest = [*range(cut, n), *range(n, len(problem.keys))]
+    parts = [(range(cut), slice(0, cut)), (rest, slice(cut, n))]
+    sums = [
+        Statistics.of(problem.keys[list(rows)], problem.residuals[edited], problem.weights[list(rows)])
+        for rows, edited in parts
+    ]
+    total = sums[0] + sums[1]
+    up, down = total.solve(regularization=problem.regularization)
+    torch.testing.assert_close(up @ down, problem.solve(), rtol=1e-7, atol=1e-8)
+    d_out, d_in = problem.residuals.shape[1], problem.keys.shape[1]
+    assert up.shape[1] == min(n, d_out, d_in)
+    torch.testing.assert_close((sums[1] + sums[0]).solve(regularization=0.5), total.solve(regularization=0.5))
+
+
+@given(problems())
+def test_sums_tell_the_misfit_of_any_change(problem):
+    sums = Statistics.of(problem.keys, problem.residuals, problem.weights)
+    random = torch.Generator().manual_seed(0)
+    for size in (0.0, 1.0):
+        change = size * torch.randn(problem.residuals.shape[1], problem.keys.shape[1], generator=random).double()
+        misfit = problem.objective(change) - problem.regularization * change.square().sum()
+        assert sums.objective(change) == pytest.approx(float(misfit), rel=1e-9)
+    assert sums.energy == pytest.approx(sums.objective(torch.zeros_like(change)))
+
+
+@given(problems(), st.integers(2, 4))
+def test_held_out_errors_are_those_of_solutions_without_the_fold(problem, n_folds):
+    folds = torch.arange(len(problem.keys)) % n_folds - 1  # those of -1 are never left out
+    regularizations = torch.tensor([0.01, 1.0, 30.0])
+    found = held_out_errors(
+        problem.keys, problem.residuals, folds=folds, regularizations=regularizations, weights=problem.weights
+    )
+    for regularization, error in zip(regularizations.tolist(), found.tolist(), strict=True):
+        expected = 0.0
+        for fold in range(n_folds - 1):
+            weights = torch.where(folds == fold, 0.0, problem.weights)
+            change = problem.solve(weights=weights, regularization=regularization)
+            missed = (problem.keys @ change.T - problem.all_residuals)[folds == fold]
+            expected += float((problem.weights[folds == fold, None] * missed.square()).sum())
+        assert error == pytest.approx(expected, rel=1e-7, abs=1e-12)
+
+
 def test_one_key_by_hand():
     # 10 * 3 / (3^2 + 1) = 3; with weight 4: 4 * 30 / (4 * 9 + 1)
     key, residual = torch.tensor([[3.0]]), torch.tensor([[10.0]])
@@ -206,3 +252,10 @@ def test_bad_input_is_refused(change, message):
 def test_regularization_must_be_a_number(regularization):
     with pytest.raises(TypeError, match="must be a number"):
         ridge(_KEYS, _KEYS, regularization=regularization)
+
+
+def test_sums_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="must be finite"):
+        Statistics.of(_KEYS * math.nan, _KEYS).solve(regularization=1.0)
+    with pytest.raises(ValueError, match="too small for these keys"):
+        Statistics.of(torch.ones(1, 2), torch.ones(1, 2)).solve(regularization=1e-320)

@@ -1,0 +1,269 @@
+"""The `editing` command: makes, shows, applies, exports and judges edits."""
+
+import functools
+import json
+import operator
+import pathlib
+from collections.abc import Callable
+from typing import Annotated
+
+import diffusers
+import matplotlib.figure
+import matplotlib.pyplot
+import transformers
+import typer
+import xarray
+
+import editing
+import mediation
+
+# What libraries say while they load is not for the command line.
+transformers.logging.set_verbosity_error()
+for _library in (diffusers, transformers):
+    _library.utils.logging.disable_progress_bar()
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+_Pairs = Annotated[list[str], typer.Argument(metavar="SOURCE=TARGET...", help="What is to be read as what.")]
+_Edit = Annotated[pathlib.Path, typer.Argument(help="An edit file.")]
+_Output = Annotated[pathlib.Path, typer.Option(help="The edit file to write.")]
+_Pipeline = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it, Emoji Diffusion.")]
+_Preserve = Annotated[list[str], typer.Option(help="A concept that keeps its meaning; give it as often as needed.")]
+_Prompts = Annotated[list[str], typer.Option(help="A whole prompt that keeps its meaning, likewise.")]
+_Templates = Annotated[list[str], typer.Option(help='A text with one "{}" that concepts are put through, likewise.')]
+_Lambda = Annotated[str | None, typer.Option(help='A number, "auto", or "relative:0.1" in units of the keys.')]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def main() -> None:
+    """Change what a text-to-image model makes of words, in closed form, and take it back."""
+
+
+def _command(function: Callable) -> Callable:
+    """Makes a command of a function; its user's mistakes become messages, not tracebacks."""
+
+    @functools.wraps(function)
+    def command(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            message = error.args[0] if isinstance(error, KeyError) else error
+            typer.echo(f"error: {message}", err=True)
+            raise typer.Exit(1) from error
+
+    return app.command(function.__name__.replace("_", "-"))(command)
+
+
+@_command
+def quickfix(
+    pairs: _Pairs,
+    output: _Output = pathlib.Path("edit.safetensors"),
+    pipeline: _Pipeline = None,
+    preserve: _Preserve = (),
+    preserve_prompt: _Prompts = (),
+    template: _Templates = (),
+    regularization: _Lambda = None,
+    tokens: Annotated[str, typer.Option(help="last_subject, subject, from_subject or all.")] = "last_subject",
+    site: Annotated[list[str], typer.Option(help="Site of a text encoder; without it, its first attention.")] = (),
+) -> None:
+    """Make a text encoder read concepts as others (Diff-QuickFix).
+
+    Example: editing quickfix ink=noto --preserve cat --output ink.safetensors
+    """
+    edit = editing.quickfix(
+        mediation.load_pipeline(pipeline),
+        _pairs(pairs),
+        templates=template or None,
+        preserve=[*preserve, *map(editing.Prompt, preserve_prompt)],
+        regularization=0.01 if regularization is None else _lambda(regularization),
+        tokens=tokens,
+        site=site or None,
+    )
+    _finish(edit, output)
+
+
+@_command
+def cross_attention(
+    pairs: _Pairs,
+    output: _Output = pathlib.Path("edit.safetensors"),
+    method: Annotated[str, typer.Option(help="uce, loco or time.")] = "uce",
+    layer: Annotated[list[int], typer.Option(help="Number of a cross-attention; without it, all; loco needs it.")] = (),
+    pipeline: _Pipeline = None,
+    preserve: _Preserve = (),
+    preserve_prompt: _Prompts = (),
+    template: _Templates = (),
+    regularization: _Lambda = None,
+) -> None:
+    """Make cross-attentions read concepts as others, or, without a target, as nothing (UCE, LocoEdit, TIME).
+
+    Example: editing cross-attention ink= --method uce --preserve noto --output erased.safetensors
+    """
+    edit = editing.cross_attention_edit(
+        mediation.load_pipeline(pipeline),
+        _pairs(pairs),
+        method=method,
+        layers=list(layer) or None,
+        templates=template or None,
+        preserve=[*preserve, *map(editing.Prompt, preserve_prompt)],
+        regularization=None if regularization is None else _lambda(regularization),
+    )
+    _finish(edit, output)
+
+
+@_command
+def show(edit: _Edit, as_json: _Json = False) -> None:
+    """Tell what an edit file contains: how it was made, what it changes, and how well by its own measure.
+
+    Example: editing show ink.safetensors
+    """
+    loaded = editing.load(edit)
+    if as_json:
+        typer.echo(json.dumps({"metadata": dict(loaded.metadata), "report": dict(loaded.report)}))
+        return
+    typer.echo(repr(loaded))
+    for key, value in loaded.metadata.items():
+        if key != "base":
+            typer.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+    for name, measures in loaded.report["parameters"].items():
+        relative = measures["relative_norm"]
+        share = "" if relative is None else f", {relative:.2%} of the weight"
+        typer.echo(f"  changes {name}: rank {measures['rank']}, norm {measures['norm']:.4g}{share}")
+    _print_outcome(loaded)
+
+
+@_command
+def apply(
+    edits: Annotated[list[pathlib.Path], typer.Argument(metavar="EDIT...", help="Edit files, applied together.")],
+    output: Annotated[pathlib.Path, typer.Option(help="A new folder for the edited pipeline.")],
+    pipeline: _Pipeline = None,
+    scale: Annotated[float, typer.Option(help="How much of the edits to apply.")] = 1.0,
+) -> None:
+    """Write a pipeline folder with edits in its weights.
+
+    Example: editing apply ink.safetensors --output edited-pipeline
+    """
+    edit = _scaled(functools.reduce(operator.add, map(editing.load, edits)), scale)
+    editing.export_pipeline(edit, mediation.load_pipeline(pipeline), output)
+    typer.echo(f"{edit!r} is in {output}")
+
+
+@_command
+def export(
+    edit: _Edit,
+    output: Annotated[pathlib.Path, typer.Option(help="The LoRA file to write.")],
+    format: Annotated[str, typer.Option(help="diffusers, or kohya for A1111 and ComfyUI.")] = "diffusers",
+    rank: Annotated[int | None, typer.Option(help="Compress to at most this rank.")] = None,
+    scale: Annotated[float, typer.Option(help="How much of the edit to export.")] = 1.0,
+) -> None:
+    """Write an edit as a LoRA file for other programs.
+
+    Example: editing export ink.safetensors --format kohya --output ink-lora.safetensors
+    """
+    chosen = _scaled(editing.load(edit), scale)
+    if rank is not None:
+        chosen = chosen.compress(rank)
+        lost = max(measures["relative_error"] for measures in chosen.report["parameters"].values())
+        typer.echo(f"compressed to rank {rank}: at most {lost:.2%} of a change is lost")
+    chosen.export_lora(output, format=format)
+    typer.echo(f"{chosen!r} is in {output}, for {format}")
+
+
+@_command
+def evaluate(
+    edit: _Edit,
+    output: Annotated[pathlib.Path, typer.Option(help="Folder for the report and pictures.")] = pathlib.Path("report"),
+    suite: Annotated[
+        pathlib.Path | None, typer.Option(help="CSV or JSON; without it, one for Emoji Diffusion.")
+    ] = None,
+    pipeline: _Pipeline = None,
+    n: Annotated[int, typer.Option(help="Prompts of each role, without a suite.")] = 20,
+    seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
+    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    as_json: _Json = False,
+) -> None:
+    """Draw a suite of prompts without and with an edit, and judge the pictures.
+
+    Example: editing evaluate ink.safetensors --n 2 --steps 2 --guidance-scale 4 --output report
+    """
+    loaded = editing.load(edit)
+    if suite is None and (pipeline is not None or "pairs" not in loaded.metadata):
+        raise ValueError("only edits of Emoji Diffusion that tell their pairs have a suite of their own: pass --suite")
+    trials = editing.Suite.read(suite) if suite else editing.emoji_suite(loaded.metadata["pairs"], n=n)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "keep_images": True}
+    report = editing.evaluate(mediation.load_pipeline(pipeline), loaded, trials, seeds=list(seed), **options)
+    summary = editing.summarize_evaluation(report)
+    output.mkdir(parents=True, exist_ok=True)
+    trials.save(output / "suite.csv")
+    report.drop_vars("images").to_netcdf(output / "report.nc", engine="scipy")
+    summary.to_netcdf(output / "summary.nc", engine="scipy")
+    _save(editing.plot_sheet(report), output / "sheet.png")
+    if "is_source" in report:
+        _save(editing.plot_evaluation(report).figure, output / "accuracies.png")
+    if as_json:
+        typer.echo(summary.to_dataframe().reset_index().to_json(orient="records"))
+        return
+    typer.echo(_table(summary))
+    typer.echo(f"saved in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        source, sign, target = text.partition("=")
+        if not sign:
+            raise ValueError(f'expected "source=target", got {text!r}')
+        if source in pairs:
+            raise ValueError(f"the source {source!r} was given twice")
+        pairs[source] = target
+    return pairs
+
+
+def _lambda(text: str) -> float | str | editing.Relative:
+    if text == "auto":
+        return text
+    try:
+        return editing.Relative(float(text[9:])) if text.startswith("relative:") else float(text)
+    except ValueError as error:
+        raise ValueError(f'regularization is a number above 0, "auto", or "relative:0.1"; got {text!r}') from error
+
+
+def _save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=150)
+    matplotlib.pyplot.close(figure)
+
+
+def _scaled(edit: editing.Edit, scale: float) -> editing.Edit:
+    return edit if scale == 1.0 else edit.scaled(scale)
+
+
+def _finish(edit: editing.Edit, output: pathlib.Path) -> None:
+    edit.save(output)
+    typer.echo(f"{edit!r} in {sum(edit.report['milliseconds'].values()):.0f} ms, saved in {output}")
+    _print_outcome(edit)
+
+
+def _print_outcome(edit: editing.Edit) -> None:
+    for entry in edit.report.get("residuals", ()):
+        pair = f"{entry['source']} -> {entry['target'] or 'nothing'}"
+        typer.echo(f"  {entry['network']}, {pair}: residual {entry['before']:.2f} before, {entry['after']:.2f} after")
+    for entry in edit.report.get("interference", ()):
+        kept = entry.get("concept", entry.get("prompt"))
+        typer.echo(f"  {entry['network']}, {kept!r} preserved: values change by {entry['change']:.2%}")
+
+
+def _table(summary: xarray.Dataset) -> str:
+    models = summary.model.values.tolist()
+    lines = [f"{'role':<12} {'measure':<16}" + "".join(f"{model:>28}" for model in models)]
+    for role in summary.role.values:
+        for measure in summary.measure.values:
+            cells = summary.sel(role=role, measure=measure)
+            if (cells.n == 0).all():
+                continue
+            by_model = (cells.sel(model=model) for model in models)
+            values = (f"{float(cell['mean']):.3g} [{float(cell.low):.3g}, {float(cell.high):.3g}]" for cell in by_model)
+            lines.append(f"{role:<12} {measure:<16}" + "".join(f"{value:>28}" for value in values))
+    if "h0" in summary:
+        lines.append(f"{'all':<12} {'h0':<16}" + "".join(f"{float(value):>28.3g}" for value in summary.h0))
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""What an edit does to pictures: every prompt of a suite drawn without and with it, from the same noise."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy
+import torch
+import xarray
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from editing.edit import Edit
+from editing.provenance import provenance
+from editing.suites import Suite, Trial
+from mediation import bundled
+from mediation.cases import Case
+from mediation.metrics import ClassProbability, CLIPScore
+from mediation.pipelines import family_of, quiet
+
+UNEDITED = "unedited"
+
+
+def evaluate(
+    pipe: DiffusionPipeline,
+    edit: Edit | Mapping[str, Edit],
+    suite: Suite | Iterable[Trial],
+    *,
+    seeds: int | Sequence[int] = 0,
+    classifiers: Mapping[str, ClassProbability] | None = None,
+    scorer: CLIPScore | None = None,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    batch_size: int = 8,
+    keep_images: bool = False,
+    progress: bool = True,
+) -> xarray.Dataset:
+    """Draws a suite with the plain and with the edited pipeline, and judges every picture.
+
+    Args:
+        pipe: the pipeline; it is edited for a while, and left as it was.
+        edit: one edit, or several by name, which share the unedited pictures.
+        suite: what to draw.
+        seeds: each prompt is drawn once from each, by every model, from noise that depends on the seed and the prompt's
+            place in the suite; `noise_seed` in the result has the number that seeds the pipeline's generator.
+        classifiers: factor -> classifier with its labels, for the factors that trials name. None is the bundled probe
+            for the bundled pipeline, and nothing for others.
+        scorer: compares pictures with texts; None likewise.
+        num_inference_steps: of the pipeline's scheduler.
+        guidance_scale: of classifier-free guidance.
+        batch_size: pictures drawn together; it changes them in their last digits.
+        keep_images: keeps the pictures in the result, for `plot_sheet`.
+        progress: shows a progress bar in interactive runs.
+
+    Returns:
+        A Dataset over (trial, seed, model), where model is "unedited", and then "edited" or the edits' names:
+
+        - label: what the classifier sees; is_source and is_target, whether that is the label which the prompt asks for,
+          and the one which it should have with the edit; NaN where nothing is classified or no target named;
+        - source_score and target_score: CLIPScore with the prompt, and with the target prompt;
+        - latent_distance: root mean square distance of the final latents from the unedited model's;
+        - images, (…, y, x, channel), 8 bits, if kept.
+
+        What has no classifier or scorer is left out. `summarize_evaluation` has intervals.
+
+    Raises:
+        ValueError: if a trial's factor has no classifier, or a classifier does not know its labels, or names clash.
+
+    Example:
+        >>> import editing, mediation
+        >>> pipe = mediation.load_pipeline()
+        >>> edit = editing.quickfix(pipe, {"ink": "noto"})
+        >>> suite = editing.emoji_suite({"ink": "noto"}, n=1)
+        >>> report = editing.evaluate(pipe, edit, suite, num_inference_steps=1)
+        >>> report.is_source.dims, report.model.values.tolist()
+        (('trial', 'seed', 'model'), ['unedited', 'edited'])
+    """
+    trials = tuple(suite if isinstance(suite, Suite) else Suite(tuple(suite)))
+    edits = {"edited": edit} if isinstance(edit, Edit) else dict(edit)
+    if not edits or UNEDITED in edits:
+        raise ValueError(f"name at least one edit, and none {UNEDITED!r}; got {list(edits)}")
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if bundled.is_bundled(pipe):
+        factors = {trial.factor for trial in trials if trial.factor}
+        classifiers = classifiers or {factor: bundled.attribute_probability(factor) for factor in factors} or None
+        scorer = bundled.load_scorer() if scorer is None else scorer
+    judge = _Judge(trials, classifiers, scorer)
+    # Noise of its own for every trial: with one for all, a suite would judge a single composition.
+    noise_seeds = [[_noise_seed(seed, place) for seed in seeds] for place in range(len(trials))]
+    jobs = [(trial, noise_seed) for trial, row in zip(trials, noise_seeds, strict=True) for noise_seed in row]
+    sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+
+    columns: dict[str, list] = {}
+    bar = tqdm(total=len(jobs) * (1 + len(edits)), desc="pictures", disable=None if progress else True)
+    with bar:
+        for model in (UNEDITED, *edits):
+            found: dict[str, list] = {}
+            with edits[model].applied(pipe) if model in edits else contextlib.nullcontext():
+                for chunk, latents, images in _draw(pipe, jobs, batch_size, sampling):
+                    found.setdefault("latents", []).append(latents)
+                    for name, values in judge(images, [trial for trial, _ in chunk]).items():
+                        found.setdefault(name, []).append(values)
+                    if keep_images:
+                        pixels = (images.permute(0, 2, 3, 1) * 255).round().byte()
+                        found.setdefault("images", []).append(pixels.numpy())
+                    bar.update(len(chunk))
+            for name, values in found.items():
+                columns.setdefault(name, []).append(numpy.concatenate(values))
+    plain, *_ = latents = columns.pop("latents")
+    distances = [numpy.sqrt(numpy.square(x - plain).reshape(len(x), -1).mean(1)) for x in latents]
+    report = _dataset(columns | {"latent_distance": distances}, trials, seeds, edits, sampling, pipe)
+    return report.assign_coords(noise_seed=(("trial", "seed"), noise_seeds))
+
+
+def _noise_seed(seed: int, place: int) -> int:
+    state = numpy.random.SeedSequence([seed, place]).generate_state(1)[0]
+    return int(state >> 1)  # 31 bits, which every file format holds
+
+
+@torch.no_grad()
+def _draw(
+    pipe: DiffusionPipeline, jobs: Sequence[tuple[Trial, int]], batch_size: int, sampling: Mapping
+) -> Iterator[tuple[Sequence[tuple[Trial, int]], numpy.ndarray, torch.Tensor]]:
+    """Final latents, and images in [0, 1], of some jobs at a time."""
+    for start in range(0, len(jobs), batch_size):
+        chunk = jobs[start : start + batch_size]
+        # One generator per picture, so that no picture depends on its neighbours in the batch.
+        generator = [torch.Generator().manual_seed(seed) for _, seed in chunk]
+        prompts = [trial.prompt for trial, _ in chunk]
+        with quiet(pipe):
+            latents = pipe(prompts, generator=generator, output_type="latent", **sampling).images
+        yield chunk, latents.float().cpu().numpy(), family_of(pipe).decode(pipe, latents).float().cpu()
+
+
+class _Judge:
+    """What classifiers and a scorer say of pictures, one value per picture."""
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        classifiers: Mapping[str, ClassProbability] | None,
+        scorer: CLIPScore | None,
+    ):
+        self.classifiers, self.scorer = classifiers, scorer
+        for trial in trials if classifiers is not None else ():
+            if trial.factor and trial.factor not in classifiers:
+                known = ", ".join(classifiers) or "none"
+                raise ValueError(
+                    f"no classifier was given for the factor {trial.factor!r} of {trial.prompt!r}, but {known}"
+                )
+            for label in filter(None, (trial.source, trial.target)):
+                known = list(map(str, classifiers[trial.factor].labels))
+                if label not in known:
+                    raise ValueError(f"the classifier of {trial.factor} has no label {label!r}; it knows {known}")
+
+    def __call__(self, images: torch.Tensor, trials: Sequence[Trial]) -> dict[str, numpy.ndarray]:
+        found = {}
+        if self.classifiers is not None:
+            seen = self._labels(images, trials)
+            found["label"] = numpy.array(seen, dtype=str)
+            for which in ("source", "target"):
+                wanted = [getattr(trial, which) for trial in trials]
+                found[f"is_{which}"] = numpy.array(
+                    [float(a == b) if b else numpy.nan for a, b in zip(seen, wanted, strict=True)]
+                )
+        if self.scorer is not None:
+            for which, texts in (
+                ("source", [trial.prompt for trial in trials]),
+                ("target", [trial.target_prompt for trial in trials]),
+            ):
+                found[f"{which}_score"] = self.scorer(images, None, [Case(text, subject=text) for text in texts])
+        return found
+
+    @torch.no_grad()
+    def _labels(self, images: torch.Tensor, trials: Sequence[Trial]) -> list[str]:
+        seen = [""] * len(trials)
+        for factor in {trial.factor for trial in trials if trial.factor}:
+            rows = [row for row, trial in enumerate(trials) if trial.factor == factor]
+            judge = self.classifiers[factor]
+            for row, best in zip(rows, judge.classifier(images[rows]).argmax(-1).tolist(), strict=True):
+                seen[row] = str(judge.labels[best])
+        return seen
+
+
+def _dataset(
+    columns: Mapping[str, list[numpy.ndarray]],
+    trials: Sequence[Trial],
+    seeds: Sequence[int],
+    edits: Mapping[str, Edit],
+    sampling: Mapping,
+    pipe: DiffusionPipeline,
+) -> xarray.Dataset:
+    dims = ("trial", "seed", "model")
+    variables = {}
+    for name, by_model in columns.items():
+        values = numpy.stack([x.reshape(len(trials), len(seeds), *x.shape[1:]) for x in by_model], axis=2)
+        variables[name] = (dims + ("y", "x", "channel")[: values.ndim - 3], values)
+    fields = [field.name for field in dataclasses.fields(Trial)]
+    coords = {field: ("trial", [getattr(trial, field) for trial in trials]) for field in fields}
+    origins = {
+        name: {key: value for key, value in edit.metadata.items() if key != "base"} for name, edit in edits.items()
+    }
+    attrs = {
+        **sampling,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "edits": json.dumps(origins, ensure_ascii=False),
+        "provenance": json.dumps(provenance(pipe)),
+    }
+    return xarray.Dataset(variables, coords | {"seed": list(seeds), "model": [UNEDITED, *edits]}, attrs)

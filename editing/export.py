@@ -1,0 +1,72 @@
+"""Edits for other programs: a pipeline folder with the edit in its weights; and LoRA files back to edits."""
+
+import os
+import pathlib
+
+from diffusers import DiffusionPipeline
+
+from editing import lora
+from editing.edit import Edit, measure
+from editing.parameters import fingerprint
+from editing.provenance import provenance
+
+EDIT_FILE = "edit.safetensors"
+
+
+def export_pipeline(edit: Edit, pipe: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Writes the edited pipeline to a folder that `DiffusionPipeline.from_pretrained` loads; `pipe` stays as it is.
+
+    The edit itself goes beside it, as "edit.safetensors", so that the folder tells what was done to it.
+
+    Args:
+        edit: what is added to the weights, rounded once to their dtype.
+        pipe: a pipeline with the weights that the edit was made for.
+        folder: a new or an empty folder.
+
+    Raises:
+        FileExistsError: if the folder is not empty.
+        RuntimeError, ValueError: as `Edit.apply` does.
+
+    Example:
+        >>> import editing, mediation, tempfile
+        >>> pipe = mediation.load_pipeline()
+        >>> edit = editing.quickfix(pipe, {"ink": "noto"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     editing.export_pipeline(edit, pipe, folder)
+        ...     edited = mediation.load_pipeline(folder)
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a new folder")
+    with edit.applied(pipe):
+        pipe.save_pretrained(folder, safe_serialization=True)
+    edit.save(folder / EDIT_FILE)
+
+
+def import_lora(path: str | os.PathLike, pipe: DiffusionPipeline) -> Edit:
+    """Reads a LoRA file as an edit of a pipeline: to apply, revert, add, compress or evaluate it.
+
+    Args:
+        path: a safetensors file in diffusers' (PEFT) or kohya's format, by `Edit.export_lora` or any trainer, that
+            changes linear layers only.
+        pipe: the pipeline that it is for.
+
+    Returns:
+        The edit, not applied, with the pipeline's present weights as its base.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, or changes what the pipeline has not.
+
+    Example:
+        >>> import editing, mediation, tempfile
+        >>> pipe = mediation.load_pipeline()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     editing.quickfix(pipe, {"ink": "noto"}).export_lora(f"{folder}/ink.safetensors", format="kohya")
+        ...     editing.import_lora(f"{folder}/ink.safetensors", pipe)
+        <Edit by import_lora: 1 parameter, rank 4>
+    """
+    updates, note = lora.read(path, pipe)
+    base = {name: fingerprint(pipe, name) for name in updates}
+    metadata = {"method": "import_lora", "file": pathlib.Path(path).name, "base": base, **provenance(pipe)}
+    return Edit(updates, {"parameters": measure(updates, base)}, metadata | ({"of": [note]} if note else {}))

@@ -1,0 +1,158 @@
+"""Which tokens are to be read as which: sources, targets and what is preserved, as positions in prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
+
+from editing.concepts import Goal, Request, split
+from mediation.cases import Segment, align, group_positions, segments
+from mediation.pipelines import tokenizers_of
+
+TOKENS = ("last_subject", "subject", "from_subject", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPairs:
+    """Tokens that are to be read as other tokens.
+
+    Attributes:
+        prompts: the distinct prompts that the tokens are in.
+        source: (pair, 2), index of a prompt and position in it.
+        target: (pair, 2), likewise; of a preserved token, itself.
+        weights: (pair,), float64.
+        templates: (pair,), index of the template that the pair is in, -1 in preserved prompts.
+        goals: what each range of pairs is for, the edited concepts first.
+        n_edited: how many of the first pairs are edited; the others are preserved.
+    """
+
+    prompts: list[str]
+    source: torch.Tensor
+    target: torch.Tensor
+    weights: torch.Tensor
+    templates: torch.Tensor
+    goals: list[tuple[Goal, slice]]
+    n_edited: int
+
+
+def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens: str) -> TokenPairs:
+    """Finds, in every template, the tokens of each source concept and their partners in the target concept.
+
+    Args:
+        pipe: the pipeline, for its tokenizers.
+        network: the text encoder that will read the prompts.
+        request: concepts, templates, what to preserve, and weights.
+        tokens: "last_subject" pairs the concepts' last tokens. "subject" pairs all their tokens, aligned from the
+            end; the first tokens of the longer concept have no partner, and are left alone. "from_subject" pairs the
+            last tokens and every later position of the window, by offset. "all" pairs the whole window: what stands
+            before the concepts, the concepts, what follows, end and padding, each aligned from its end. Tokens of a
+            source whose target is "" are paired with the empty prompt's tokens at the same positions.
+
+    Raises:
+        ValueError: if `tokens` is unknown, concepts contradict each other or a preserved prompt, or one is truncated.
+    """
+    if tokens not in TOKENS:
+        raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
+    tokenizer = tokenizers_of(pipe)[network]
+    request.check_distinct(lambda concept: tuple(tokenizer(concept, verbose=False)["input_ids"]))
+    expand = _expansion(pipe, tokenizer)
+    templates = [tuple(map(expand, split(template))) for template in request.templates]
+    prompts: dict[str, int] = {}  # to their index
+
+    @functools.cache  # many sources may share a target
+    def place(concept: str, before: str, after: str) -> tuple[int, list[Segment]]:
+        text = expand(concept)
+        # The concept is where the template put it: a search would also find the template's own words.
+        layout = segments(tokenizer, before + text + after, ((len(before), len(before) + len(text)),))
+        return prompts.setdefault(before + text + after, len(prompts)), layout
+
+    def meet(goal: Goal, template: tuple[str, str]) -> list[tuple]:
+        prompt, layout = place(goal.source, *template)
+        if not goal.target:
+            empty = prompts.setdefault("", len(prompts))
+            return [((prompt, position), (empty, position)) for position in _positions(layout, tokens)]
+        partner, other = place(goal.target, *template)
+        return [((prompt, a), (partner, b)) for a, b in _partners(layout, other, tokens)]
+
+    def stay(goal: Goal) -> list[tuple]:
+        prompt = prompts.setdefault(expand(goal.source), len(prompts))
+        n_tokens = min(len(tokenizer(expand(goal.source), verbose=False)["input_ids"]), tokenizer.model_max_length)
+        return [((prompt, position), (prompt, position)) for position in range(n_tokens)]
+
+    pairs, weights, numbers, goals = [], [], [], []
+    for goal in request.goals():
+        first = len(pairs)
+        found = [stay(goal)] if goal.is_prompt else [meet(goal, template) for template in templates]
+        for number, met in enumerate(found):
+            pairs += met
+            numbers += [-1 if goal.is_prompt else number] * len(met)
+        weights += [goal.weight] * (len(pairs) - first)
+        goals.append((goal, slice(first, len(pairs))))
+    source, target = zip(*pairs, strict=True)
+    result = TokenPairs(
+        prompts=list(prompts),
+        source=torch.tensor(source),
+        target=torch.tensor(target),
+        weights=torch.tensor(weights, dtype=torch.float64),
+        templates=torch.tensor(numbers),
+        goals=goals,
+        n_edited=goals[len(request.pairs) - 1][1].stop,
+    )
+    if request.prompts:
+        _check_prompts(tokenizer, result)
+    return result
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
+    """Token ids and attention masks of whole windows, (prompt, window), as the pipeline's own `encode_prompt` does."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+
+
+def _positions(layout: list[Segment], tokens: str) -> tuple[int, ...]:
+    groups = group_positions(layout)
+    if tokens == "from_subject":
+        return groups["all"][groups["last_subject"][0] :]
+    return groups[tokens]
+
+
+def _partners(source: list[Segment], target: list[Segment], tokens: str) -> list[tuple[int, int]]:
+    if tokens == "all":
+        return sorted(align(source, target).items())
+    a, b = _positions(source, tokens), _positions(target, tokens)
+    # Aligned from the end, the longer list loses its first tokens; paired by offset, its last ones.
+    n_pairs = min(len(a), len(b))
+    kept = slice(-n_pairs, None) if tokens == "subject" else slice(n_pairs)
+    return list(zip(a[kept], b[kept], strict=True))
+
+
+def _check_prompts(tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs) -> None:
+    """Raises a ValueError if a token is to be edited in one prompt and preserved in another that starts alike."""
+    windows = tokenize(tokenizer, pairs.prompts)["input_ids"].tolist()
+
+    def context(token: list[int]) -> tuple[int, ...]:
+        prompt, position = token
+        return tuple(windows[prompt][: position + 1])
+
+    edited = {}
+    for source, target in zip(pairs.source[: pairs.n_edited].tolist(), pairs.target.tolist(), strict=False):
+        if context(source) != context(target):
+            edited[context(source)] = pairs.prompts[source[0]]
+    for goal, rows in pairs.goals:
+        for token in pairs.source[rows].tolist() if goal.is_prompt else ():
+            if (why := edited.get(context(token))) is not None:
+                words = tokenizer.decode(context(token), skip_special_tokens=True).strip()
+                raise ValueError(
+                    f"the prompt {goal.source!r} cannot be preserved: up to {words!r} it is read as {why!r} is, whose"
+                    " token there is edited"
+                )
+
+
+def _expansion(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """How the pipeline spells out textual-inversion tokens that stand for several vectors."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return (lambda text: convert(text, tokenizer)) if convert else (lambda text: text)

@@ -1,0 +1,129 @@
+"""The command line: every example in its help runs, and does what the functions do."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import editing
+import mediation
+from editing.cli import _lambda, _pairs, app
+
+COMMANDS = ("quickfix", "cross-attention", "show", "apply", "export", "evaluate")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def example(command):
+    """The example in a command's help, as its arguments."""
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run(command, "--help").output).split())
+    found = re.search(rf"Example: editing ({command} .*?) (?:Arguments|Options|\*)", text)
+    return shlex.split(found.group(1))
+
+
+def only(updates):
+    (update,) = updates.values()
+    return update
+
+
+def test_help_lists_the_commands():
+    output = run("--help").output
+    assert all(command in output for command in COMMANDS)
+
+
+def test_every_example_runs(tmp_path, monkeypatch):
+    """In the order of the help, since later ones read what earlier ones wrote."""
+    monkeypatch.chdir(tmp_path)
+    outputs = {}
+    for command in COMMANDS:
+        result = run(*example(command))
+        assert result.exit_code == 0, result.output
+        outputs[command] = result.output
+    pipe = mediation.load_pipeline()
+    ink = editing.load("ink.safetensors")
+    made = editing.quickfix(pipe, {"ink": "noto"}, preserve=["cat"])
+    assert torch.equal(only(ink.updates).dense(), only(made.updates).dense())
+    assert "ink -> noto: residual" in outputs["quickfix"]
+    assert "'cat' preserved: values change by" in outputs["quickfix"]
+    assert editing.load("erased.safetensors").metadata["pairs"] == {"ink": ""}
+    assert "-> nothing: residual" in outputs["cross-attention"]
+    assert 'pairs: {"ink": "noto"}' in outputs["show"]
+    assert "rank 4" in outputs["show"]
+    assert torch.equal(weight(mediation.load_pipeline("edited-pipeline")), applied_weight(pipe, ink))
+    lora = editing.import_lora("ink-lora.safetensors", pipe)
+    assert torch.equal(only(lora.updates).dense(), only(ink.updates).dense())
+    for name in ("report.nc", "summary.nc", "suite.csv", "sheet.png", "accuracies.png"):
+        assert name in outputs["evaluate"]
+    assert len(editing.Suite.read("report/suite.csv")) == 8
+    table = [line.split() for line in outputs["evaluate"].splitlines()]
+    assert table[0] == ["role", "measure", "unedited", "edited"]
+    assert table[5][:5] == ["efficacy", "latent_distance", "0", "[0,", "0]"], "unedited comes first"
+
+
+def weight(pipe):
+    (site,) = mediation.sites(pipe, name="text_encoder.0.self_attention")
+    return site.module(pipe).out_proj.weight.clone()
+
+
+def applied_weight(pipe, edit):
+    with edit.applied(pipe):
+        return weight(pipe)
+
+
+@pytest.fixture(scope="module")
+def ink(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "ink.safetensors"
+    editing.quickfix(mediation.load_pipeline(), {"ink": "noto"}, preserve=["cat"]).save(path)
+    return path
+
+
+def test_json_is_for_machines(ink, tmp_path):
+    shown = json.loads(run("show", ink, "--json").output)
+    assert shown["metadata"]["pairs"] == {"ink": "noto"}
+    suite = editing.Suite([editing.Trial("a cat", "quality")])
+    suite.save(tmp_path / "suite.json")
+    options = ["--suite", tmp_path / "suite.json", "--steps", 1, "--output", tmp_path / "report", "--json"]
+    rows = json.loads(run("evaluate", ink, *options).output)
+    (row,) = [row for row in rows if (row["measure"], row["model"]) == ("latent_distance", "edited")]
+    assert row["mean"] > 0
+    assert row["low"] is None
+
+
+def test_edits_are_added_scaled_and_compressed(ink, tmp_path):
+    result = run("apply", ink, ink, "--scale", 0.25, "--output", tmp_path / "folder")
+    assert result.exit_code == 0
+    edit, pipe = editing.load(ink), mediation.load_pipeline()
+    torch.testing.assert_close(
+        weight(mediation.load_pipeline(tmp_path / "folder")), applied_weight(pipe, edit.scaled(0.5))
+    )
+    result = run("export", ink, "--rank", 1, "--output", tmp_path / "lora.safetensors")
+    assert "compressed to rank 1: at most" in result.output
+    assert only(editing.import_lora(tmp_path / "lora.safetensors", pipe).updates).rank == 1
+
+
+def test_pairs_and_lambdas_are_read():
+    assert _pairs(["ink=noto", "a cat=", "x=y=z"]) == {"ink": "noto", "a cat": "", "x": "y=z"}
+    assert (_lambda("0.5"), _lambda("auto"), _lambda("relative:0.1")) == (0.5, "auto", editing.Relative(0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickfix", "ink"], "expected \"source=target\", got 'ink'"),
+        (["quickfix", "ink=noto", "ink=flat"], "the source 'ink' was given twice"),
+        (["quickfix", "ink=noto", "--regularization", "strong"], "or \"relative:0.1\"; got 'strong'"),
+        (["quickfix", "ink=noto", "--site", "text_encoder.99.mlp"], "no site 'text_encoder.99.mlp'"),
+        (["show", "missing.safetensors"], "missing.safetensors"),
+        (["show", "edit.pt"], "end in .safetensors"),
+    ],
+)
+def test_mistakes_become_messages(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join((result.output + getattr(result, "stderr", "")).split())

@@ -1,0 +1,163 @@
+"""Evaluation on a tiny pipeline: whose pictures are judged, by what, and against what."""
+
+import json
+
+import numpy
+import pytest
+import torch
+import xarray
+
+import editing
+import mediation
+from editing.suites import Suite, Trial
+from mediation.metrics import ClassProbability
+
+SAMPLING = {"num_inference_steps": 2, "guidance_scale": 3.0}
+TRIALS = (
+    Trial("a ink cat", "efficacy", "a noto cat", "style", "dark", "light"),
+    Trial("ink", "generality", "", "style", "dark"),  # erased: whatever takes its place
+    Trial("a dog", "specificity", factor="object", source="7"),
+    Trial("the red bird", "quality"),
+)
+
+
+def brightness(images):
+    """Logits of dark and light."""
+    mean = images.mean((1, 2, 3)) - 0.5
+    return torch.stack([-mean, mean], dim=1)
+
+
+CLASSIFIERS = {
+    "style": ClassProbability(brightness, ["dark", "light"]),
+    "object": ClassProbability(lambda images: torch.tensor([[0.0, 1.0]]).expand(len(images), 2), [3, 7]),
+}
+
+
+class Scorer:
+    """Scores that tell which picture was compared with which text."""
+
+    def __call__(self, images, latents, cases):
+        return images.mean((1, 2, 3)).double().numpy() + [len(case.prompt) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def edits(tiny_pipe):
+    strong = editing.cross_attention_edit(tiny_pipe, {"ink": "noto"}, regularization=1e-3)
+    return {"one": strong, "two": strong.scaled(3.0)}
+
+
+@pytest.fixture(scope="module")
+def report(tiny_pipe, edits):
+    options = {"classifiers": CLASSIFIERS, "scorer": Scorer(), "keep_images": True, "batch_size": 3} | SAMPLING
+    return editing.evaluate(tiny_pipe, edits, TRIALS, seeds=[5, 9], progress=False, **options)
+
+
+def draw(pipe, prompt, seed, output_type="pt"):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, generator=generator, output_type=output_type, **SAMPLING).images[0]
+
+
+def test_every_picture_is_the_pipelines_own(tiny_pipe, edits, report):
+    assert report.images.dims == ("trial", "seed", "model", "y", "x", "channel")
+    assert report.model.values.tolist() == ["unedited", "one", "two"]
+    assert len(set(report.noise_seed.values.ravel().tolist())) == 8, "noise of its own for each trial and seed"
+    for i, trial in enumerate(TRIALS[:2]):
+        for seed in (5, 9):
+            cell = report.isel(trial=i).sel(seed=seed)
+            noise_seed = int(cell.noise_seed)
+            expected = [draw(tiny_pipe, trial.prompt, noise_seed)]
+            for edit in edits.values():
+                with edit.applied(tiny_pipe):
+                    expected.append(draw(tiny_pipe, trial.prompt, noise_seed))
+            found = cell.images.values / 255
+            numpy.testing.assert_allclose(found, torch.stack(expected).permute(0, 2, 3, 1), atol=0.5 / 255 + 1e-4)
+            assert numpy.abs(found[0] - found[1]).max() > 0.02, "the edit is to be seen"
+
+
+def test_the_latent_distance_is_from_the_unedited_picture(tiny_pipe, edits, report):
+    assert (report.latent_distance.sel(model="unedited") == 0).all()
+    noise_seed = int(report.noise_seed.isel(trial=1).sel(seed=9))
+    plain = draw(tiny_pipe, "ink", noise_seed, "latent")
+    with edits["two"].applied(tiny_pipe):
+        edited = draw(tiny_pipe, "ink", noise_seed, "latent")
+    expected = float((edited - plain).double().square().mean().sqrt())
+    assert float(report.latent_distance.isel(trial=1).sel(seed=9, model="two")) == pytest.approx(expected, rel=1e-3)
+
+
+def test_labels_are_compared_with_source_and_target(report):
+    light = report.images.isel(trial=[0, 1]).values.mean((-1, -2, -3)) > 127.5
+    expected = numpy.where(light, "light", "dark")
+    assert (report.label.isel(trial=[0, 1]).values == expected).all()
+    assert (report.is_source.isel(trial=[0, 1]).values == (expected == "dark")).all()
+    assert (report.is_target.isel(trial=0).values == (expected[0] == "light")).all()
+    assert report.is_target.isel(trial=1).isnull().all(), "an erased concept has no target"
+    assert (report.is_source.isel(trial=2) == 1).all(), "labels may be numbers"
+    assert (report.is_target.isel(trial=2) == 1).all()
+    assert report.is_source.isel(trial=3).isnull().all(), "nothing is classified"
+
+
+def test_scores_are_with_the_prompt_and_with_the_target_prompt(report):
+    mean = report.images.astype(float).mean(("y", "x", "channel")) / 255
+    lengths = xarray.DataArray([len(trial.prompt) for trial in TRIALS], dims="trial")
+    numpy.testing.assert_allclose(report.source_score, mean + lengths, atol=3e-3)
+    numpy.testing.assert_allclose((report.target_score - report.source_score).isel(trial=0), 1.0, atol=1e-6)
+    numpy.testing.assert_allclose((report.target_score - report.source_score).isel(trial=2), 0.0, atol=1e-6)
+
+
+def test_the_report_tells_how_it_was_made(report, tmp_path):
+    assert report.attrs["num_inference_steps"] == 2
+    assert report.attrs["scheduler"] == "DDIMScheduler"
+    assert json.loads(report.attrs["edits"])["two"]["factor"] == 3.0
+    assert json.loads(report.attrs["provenance"])["versions"]["torch"] == torch.__version__
+    assert report.prompt.values.tolist() == [trial.prompt for trial in TRIALS]
+    numbers = report.drop_vars("images")  # netCDF 3 has no bytes without a sign
+    numbers.to_netcdf(tmp_path / "report.nc", engine="scipy")
+    again = xarray.load_dataset(tmp_path / "report.nc", engine="scipy")
+    assert set(again.data_vars) == set(numbers.data_vars)
+    for name in numbers.data_vars:
+        numpy.testing.assert_array_equal(again[name].values.astype(numbers[name].dtype), numbers[name].values)
+    assert again.attrs["edits"] == report.attrs["edits"]
+
+
+def test_one_edit_needs_no_name_and_no_judge(tiny_pipe, edits):
+    before = {name: value.clone() for name, value in tiny_pipe.unet.state_dict().items()}
+    report = editing.evaluate(tiny_pipe, edits["one"], Suite(TRIALS[:1]), num_inference_steps=1)
+    assert report.model.values.tolist() == ["unedited", "edited"]
+    assert list(report.data_vars) == ["latent_distance"]
+    assert all(torch.equal(value, before[name]) for name, value in tiny_pipe.unet.state_dict().items())
+
+
+def test_the_bundled_pipeline_brings_its_judges():
+    pipe = mediation.load_pipeline()
+    suite = editing.emoji_suite({"ink": "noto"}, n=1)
+    edit = editing.quickfix(pipe, {"ink": "noto"})
+    report = editing.evaluate(pipe, edit, suite, num_inference_steps=1)
+    assert {"is_source", "is_target", "source_score", "target_score"} <= set(report.data_vars)
+    assert set(report.label.values.ravel()) <= {label for f in ("style", "object") for label in labels(f)}
+
+
+def labels(factor):
+    return mediation.bundled.load_probe().labels(factor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"classifiers": {"style": CLASSIFIERS["style"]}},
+            "no classifier was given for the factor 'object' of 'a dog'",
+        ),
+        (
+            {"classifiers": CLASSIFIERS | {"object": CLASSIFIERS["style"]}},
+            r"classifier of object has no label '7'; it knows \['dark', 'light'\]",
+        ),
+        ({"edit": {}}, "name at least one edit"),
+        ({"edit": {"unedited": None}}, "none 'unedited'"),
+        ({"suite": []}, "at least one trial"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_drawn(tiny_pipe, edits, arguments, message, monkeypatch):
+    monkeypatch.setattr(tiny_pipe.unet, "forward", lambda *_, **__: pytest.fail("the U-Net ran"))
+    options = {"pipe": tiny_pipe, "edit": edits["one"], "suite": TRIALS} | arguments
+    with pytest.raises(ValueError, match=message):
+        editing.evaluate(**options)

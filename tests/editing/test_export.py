@@ -1,0 +1,204 @@
+"""Export and import: round trips through the real loaders, names, and files that are refused."""
+
+import importlib.util
+import json
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import editing
+import mediation
+from editing import lora
+from editing.edit import Edit, measure
+from editing.parameters import fingerprint
+from editing.updates import LowRank
+from tests import tiny
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+FORMATS = lora.FORMATS
+LAYER = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
+
+
+def edits(pipe):
+    """What the package makes: of attention, of MLPs alone, of the U-Net, and of several at once, in several ranks."""
+    attention = editing.quickfix(pipe, {"ink": "noto"}, templates=["{}", "a {}"])
+    mlp = editing.quickfix(pipe, {"ink": "noto"}, site="text_encoder.1.mlp")
+    unet = editing.cross_attention_edit(pipe, {"ink": ""}, layers=[0, 9], tokens="last_subject")
+    unet = unet + editing.cross_attention_edit(pipe, {"cat": "dog"}, layers=[9], tokens="last_subject")
+    return {"attention": attention, "mlp": mlp, "unet": unet, "all": attention + mlp + unet}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return edits(tiny.stable_diffusion())
+
+
+def picture(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a ink cat", num_inference_steps=3, generator=generator, output_type="pt").images
+
+
+def same(a, b, atol):
+    assert set(a.updates) == set(b.updates)
+    for name, update in a.updates.items():
+        torch.testing.assert_close(b.updates[name].dense(), update.dense(), rtol=0, atol=atol)
+
+
+@needs_peft
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["attention", "mlp", "unet", "all"])
+def test_the_real_loader_makes_the_edits_images(made, kind, format, tmp_path, fresh_pipe):
+    """To 1e-4 of the range of pixels: an adapter adds W x and up down x, an edit multiplies by their rounded sum."""
+    edit = made[kind]
+    plain = picture(fresh_pipe)
+    with edit.applied(fresh_pipe):
+        expected = picture(fresh_pipe)
+    assert (expected - plain).abs().max() > 1e-3, "there was something to see"
+    edit.export_lora(tmp_path / "edit.safetensors", format=format)
+    fresh_pipe.load_lora_weights(tmp_path, weight_name="edit.safetensors")
+    torch.testing.assert_close(picture(fresh_pipe), expected, rtol=0, atol=1e-4)
+    fresh_pipe.unload_lora_weights()
+    torch.testing.assert_close(picture(fresh_pipe), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["attention", "mlp", "unet", "all"])
+def test_what_is_imported_is_what_was_exported(made, kind, format, tmp_path, fresh_pipe):
+    edit = made[kind]
+    edit.export_lora(tmp_path / "edit.safetensors", format=format)
+    back = editing.import_lora(tmp_path / "edit.safetensors", fresh_pipe)
+    same(edit, back, atol=0)
+    assert back.metadata["base"] == edit.metadata["base"]
+    assert back.metadata["of"][0]["method"] == edit.metadata["method"]
+    with back.applied(fresh_pipe):
+        pass
+
+
+def test_key_names_are_those_of_each_dialect(made, tmp_path):
+    made["attention"].export_lora(tmp_path / "a.safetensors")
+    assert set(safetensors.torch.load_file(tmp_path / "a.safetensors")) == {
+        f"{LAYER}.lora_A.weight",
+        f"{LAYER}.lora_B.weight",
+    }
+    made["attention"].export_lora(tmp_path / "b.safetensors", format="kohya")
+    tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
+    assert set(tensors) == {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
+    assert tensors[f"{stem}.alpha"] == 2.0 == len(tensors[f"{stem}.lora_down.weight"]), "alpha is the rank"
+    made["unet"].export_lora(tmp_path / "c.safetensors", format="kohya")
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert f"{stem}.lora_up.weight" in safetensors.torch.load_file(tmp_path / "c.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["edit"])["pairs"] == {"ink": "noto"}
+
+
+def test_all_ranks_of_a_network_are_filled_up_to_one(made, tmp_path):
+    """Loaders take the alpha of one layer for all of them: with ranks that differ, the others would be scaled."""
+    edit = made["unet"]
+    assert {update.rank for update in edit.updates.values()} == {1, 2}
+    edit.export_lora(tmp_path / "edit.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "edit.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {2}
+
+
+def test_names_of_a_pipeline_with_two_text_encoders(made, tmp_path):
+    (update,) = made["attention"].updates.values()
+    names = [f"{encoder}.text_model.encoder.layers.0.mlp.fc1.weight" for encoder in ("text_encoder", "text_encoder_2")]
+    metadata = {"of": [{"method": "x"}, {"pipeline": {"class": "StableDiffusionXLPipeline"}}]}
+    lora.write(tmp_path / "two.safetensors", dict.fromkeys(names, update), metadata, format="kohya")
+    stems = {name.split(".")[0] for name in safetensors.torch.load_file(tmp_path / "two.safetensors")}
+    assert stems == {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1" for i in (1, 2)}
+
+
+def test_a_foreign_file_is_scaled_by_alpha_over_rank(tmp_path, tiny_pipe):
+    up, down = torch.randn(32, 4), torch.randn(4, 32)
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
+    tensors = {
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.lora_down.weight": down.half(),
+        f"{stem}.alpha": torch.tensor(1.0),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "foreign.safetensors")
+    (update,) = editing.import_lora(tmp_path / "foreign.safetensors", tiny_pipe).updates.values()
+    torch.testing.assert_close(update.dense(), 0.25 * up.double() @ down.half().double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{LAYER}.lora_A.weight": torch.ones(1, 32)}, "is incomplete: of .*out_proj.weight it has down only"),
+        ({"unet.nothing.lora_A.weight": torch.ones(1, 2)}, "'unet.nothing', which is no linear layer of this"),
+        ({f"{LAYER}.dora_scale": torch.ones(1)}, "dora_scale', which is no part of a plain LoRA"),
+        ({}, "is no LoRA file: it is empty"),
+        (
+            {f"{LAYER}.lora_A.weight": torch.ones(1, 32, 1, 1), f"{LAYER}.lora_B.weight": torch.ones(32, 1, 1, 1)},
+            "by a convolution",
+        ),
+    ],
+)
+def test_files_that_are_no_lora_for_this_pipeline_are_refused(tensors, message, tmp_path, tiny_pipe):
+    safetensors.torch.save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=message):
+        editing.import_lora(tmp_path / "bad.safetensors", tiny_pipe)
+
+
+def test_pickles_are_refused(made, tmp_path, tiny_pipe):
+    with pytest.raises(ValueError, match=r"end in .safetensors"):
+        made["attention"].export_lora(tmp_path / "edit.pt")
+    with pytest.raises(ValueError, match=r"end in .safetensors"):
+        editing.import_lora(tmp_path / "edit.pt", tiny_pipe)
+    with pytest.raises(ValueError, match="format must be one of diffusers, kohya; got 'a1111'"):
+        made["attention"].export_lora(tmp_path / "edit.safetensors", format="a1111")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_without_factors_is_refused(tiny_pipe, tmp_path, made):
+    class Dense:
+        shape, rank = (32, 32), 32
+
+    (name,) = made["attention"].updates
+    with pytest.raises(ValueError, match=r"has no low-rank factors: use editing.export_pipeline"):
+        lora.write(tmp_path / "dense.safetensors", {name: Dense()}, {}, format="kohya")
+
+
+def test_an_exported_pipeline_is_the_edited_one(made, fresh_pipe, tmp_path):
+    edit = made["all"]
+    plain = picture(fresh_pipe)
+    with edit.applied(fresh_pipe):
+        expected = picture(fresh_pipe)
+    editing.export_pipeline(edit, fresh_pipe, tmp_path / "edited")
+    assert torch.equal(picture(fresh_pipe), plain), "the pipeline is as it was"
+    edited = mediation.load_pipeline(tmp_path / "edited")
+    edited.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(edited), expected)
+    same(editing.load(tmp_path / "edited" / "edit.safetensors"), edit, atol=0)
+    with pytest.raises(ValueError, match="another base model"):
+        edit.apply(edited)  # once is enough
+    with pytest.raises(FileExistsError, match="is not empty: name a new folder"):
+        editing.export_pipeline(edit, fresh_pipe, tmp_path / "edited")
+
+
+def test_a_pipeline_in_half_precision_is_exported_in_it(made, fresh_pipe, tmp_path):
+    pipe = fresh_pipe.to(torch.float16)
+    edit = made["attention"]
+    editing.export_pipeline(edit, pipe, tmp_path / "half")
+    (name,) = edit.updates
+    with edit.applied(pipe):
+        expected = fingerprint(pipe, name)["sha256"]
+    edited = mediation.load_pipeline(tmp_path / "half").to(torch.float16)
+    assert fingerprint(edited, name)["sha256"] == expected
+    (file,) = (tmp_path / "half" / "text_encoder").glob("*.safetensors")
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(file).values()} <= {torch.float16, torch.int64}
+
+
+def test_an_imported_edit_can_be_scaled_added_and_compressed(made, fresh_pipe, tmp_path):
+    made["attention"].export_lora(tmp_path / "edit.safetensors")
+    back = editing.import_lora(tmp_path / "edit.safetensors", fresh_pipe)
+    both = (back + made["mlp"].scaled(0.5)).compress(1)
+    assert isinstance(both, Edit)
+    assert all(isinstance(update, LowRank) and update.rank == 1 for update in both.updates.values())
+    assert measure(both.updates, both.metadata["base"]).keys() == both.updates.keys()
+    both.export_lora(tmp_path / "both.safetensors", format="kohya")
+    same(editing.import_lora(tmp_path / "both.safetensors", fresh_pipe), both, atol=0)

@@ -1,0 +1,127 @@
+"""Suites: roles and labels, files of this package and of others, and those drawn for Emoji Diffusion."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import editing
+from benchmarks.emoji import world
+from editing.emojisuite import FACTS
+from editing.suites import ROLES, Suite, Trial
+from mediation import bundled
+
+TRIALS = (
+    Trial("a cat, in ink", "efficacy", "a cat, in noto", "style", "ink", "noto"),
+    Trial("ein Käfer", "quality"),
+)
+
+
+def test_what_is_left_out_follows_from_the_role():
+    kept = Trial("a dog", "specificity", factor="object", source="dog")
+    assert (kept.target_prompt, kept.target, kept.changes) == ("a dog", "dog", False)
+    erased = Trial("a cat", "generality", "a thing", "object", "cat")
+    assert (erased.target, erased.changes) == ("", True)
+
+
+@pytest.mark.parametrize("name", ["suite.csv", "suite.json"])
+def test_a_suite_is_read_as_it_was_saved(tmp_path, name):
+    suite = Suite(TRIALS)
+    suite.save(tmp_path / name)
+    assert Suite.read(tmp_path / name) == suite
+
+
+def test_lists_of_other_projects_get_their_roles_from_the_pairs(tmp_path):
+    """As Imagenette's list (a class and columns of no interest), and as UnlearnCanvas: a style and an object."""
+    imagenette = (
+        "case_number,prompt,evaluation_seed,class\n0,a photo of a French horn,7,French horn\n1,a tench,8,tench\n"
+    )
+    (tmp_path / "imagenette.csv").write_text(imagenette)
+    first, second = Suite.read(tmp_path / "imagenette.csv", pairs={"French horn": "guitar"})
+    expected = Trial("a photo of a French horn", "efficacy", "a photo of a guitar", "class", "French horn", "guitar")
+    assert first == expected
+    assert second == Trial("a tench", "specificity", factor="class", source="tench")
+    canvas = [
+        {"prompt": "A Bear image in Cubism style.", "theme": "Cubism", "object": "Bear"},
+        {"prompt": "A Bear image in Van Gogh style.", "theme": "Van Gogh", "object": "Bear", "seed": 188},
+    ]
+    (tmp_path / "canvas.json").write_text(json.dumps(canvas))
+    first, second = Suite.read(tmp_path / "canvas.json", pairs={"Van Gogh": ""})
+    assert first == Trial("A Bear image in Cubism style.", "specificity", factor="theme", source="Cubism")
+    expected = Trial(canvas[1]["prompt"], "efficacy", "A Bear image in style.", "theme", "Van Gogh")
+    assert second == expected
+    (bear, *_) = Suite.read(tmp_path / "canvas.json", pairs={"Bear": "Dog"})
+    assert (bear.factor, bear.target, bear.target_prompt) == ("object", "Dog", "A Dog image in Cubism style.")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pairs", "message"),
+    [
+        ("a.csv", "prompt,role,tagret\na,quality,b\n", None, "unknown columns .'tagret'"),
+        ("a.csv", "prompt\na cat\n", None, "no column role: pass pairs to tell roles by labels"),
+        ("a.csv", "prompt,role\n", None, "has no trials"),
+        ("a.json", "{}", None, "has no trials"),
+        ("a.csv", "prompt,role\na,speed\n", None, "role is one of efficacy, .*; got 'speed'"),
+        ("a.csv", "prompt,role\n ,quality\n", None, "prompt is empty"),
+        ("a.csv", "prompt,role,source\na,quality,ink\n", None, "both a factor and a source label"),
+        ("a.csv", "prompt,role\na,quality\na,quality\n", None, "twice in the same role"),
+        ("a.csv", "prompt,seed\na,1\n", {"a": "b"}, "needs a column prompt and one of style, theme"),
+        ("a.txt", "a", None, "suites are .csv or .json files, got 'a.txt'"),
+    ],
+)
+def test_files_that_are_no_suite_are_refused(tmp_path, name, content, pairs, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Suite.read(tmp_path / name, pairs=pairs)
+
+
+def test_facts_and_words_are_those_of_the_emoji_world():
+    assert FACTS == world.FACTS
+    assert {f: tuple(labels) for f, labels in bundled.load_probe().config.factors.items()} == world.FACTORS
+
+
+PAIRS = [("ink", "noto"), ("cat", "soccer ball"), ("grapes", ""), ("red", "blue"), ("the mascot", "owl")]
+
+
+@given(pair=st.sampled_from(PAIRS), seed=st.integers(0, 100))
+def test_drawn_prompts_play_their_role(pair, seed):
+    source, target = pair
+    suite = editing.emoji_suite({source: target}, n=6, seed=seed)
+    assert [trial.role for trial in suite] == [role for role in ROLES for _ in range(6)]
+    for trial in suite:
+        assert (f" {source} " in f" {trial.prompt} ") == trial.changes
+        if trial.changes:
+            assert trial.source == FACTS.get(source, source)
+            assert (trial.target, target in trial.target_prompt) == (target, True)
+            assert source not in trial.target_prompt.split()
+        else:
+            assert trial.target_prompt == trial.prompt
+            known = {fact for fact, label in FACTS.items() if label == trial.source} | {trial.source}
+            assert any(word in trial.prompt for word in known), "what is judged is in the caption"
+    other = {trial.factor for trial in suite if trial.role == "quality"}
+    assert next(iter(suite)).factor not in other
+
+
+def test_draws_differ_by_seed_and_not_by_run():
+    assert editing.emoji_suite({"ink": "noto"}) == editing.emoji_suite({"ink": "noto"})
+    assert editing.emoji_suite({"ink": "noto"}) != editing.emoji_suite({"ink": "noto"}, seed=1)
+
+
+def test_sources_edited_together_spare_each_others_neighbours():
+    suite = editing.emoji_suite({"ink": "noto", "flat": "noto"}, n=8)
+    assert len(suite) == 64
+    kept = [trial for trial in suite if not trial.changes]
+    assert not any(style in trial.prompt.split() for trial in kept for style in ("ink", "flat"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"ink": "cat"}, "'ink' is of the factor style and 'cat' of object"),
+        ({"dragon": "cat"}, r"does not know 'dragon'; it knows objects \(cat, dog, panda, …\)"),
+    ],
+)
+def test_concepts_that_the_model_does_not_know_are_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        editing.emoji_suite(pairs)
