@@ -1,10 +1,11 @@
 """Causal mediation analysis of text-to-image diffusion pipelines."""
 
 from mediation.cases import Case, GaussianNoise, ReplaceSubject
+from mediation.comparison import compare, contrast
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
 from mediation.metrics import ClassProbability, CLIPScore, LatentDistance
 from mediation.pipelines import load_pipeline
-from mediation.plots import plot_effects
+from mediation.plots import plot_bars, plot_effects, plot_images
 from mediation.sites import Site, sites
 from mediation.tracing import trace
 
@@ -16,9 +17,13 @@ __all__ = [
     "LatentDistance",
     "ReplaceSubject",
     "Site",
+    "compare",
+    "contrast",
     "indirect_effect",
     "load_pipeline",
+    "plot_bars",
     "plot_effects",
+    "plot_images",
     "sites",
     "summarize",
     "top_sites",

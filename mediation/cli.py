@@ -1,10 +1,20 @@
 """The `mediation` command; other packages add commands through the entry-point group "mediation.commands"."""
 
+import dataclasses
+import functools
 import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Annotated
 
 import diffusers
+import matplotlib.pyplot
 import transformers
 import typer
+
+import mediation
+from mediation import casefiles, mapfiles, reports
 
 # What libraries say while they load is not for the command line.
 transformers.logging.set_verbosity_error()
@@ -13,11 +23,136 @@ for _library in (diffusers, transformers):
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+_Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it, Emoji Diffusion.")]
+_Map = Annotated[pathlib.Path, typer.Argument(help="A map that `mediation trace` wrote.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 @app.callback()
 def main() -> None:
     """Find where a concept lives in a text-to-image model, and change it."""
 
 
-for _command in importlib.metadata.entry_points(group="mediation.commands"):
-    app.command(_command.name)(_command.load())
+def _command(function: Callable) -> Callable:
+    """Makes a command of a function; its user's mistakes become messages, not tracebacks."""
+
+    @functools.wraps(function)
+    def command(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+            message = error.args[0] if isinstance(error, KeyError) else error
+            typer.echo(f"error: {message}", err=True)
+            raise typer.Exit(1) from error
+
+    return app.command(function.__name__)(command)
+
+
+@_command
+def sites(
+    model: _Model = None,
+    network: Annotated[str | None, typer.Option(help="Only this network, as unet or text_encoder.")] = None,
+    component: Annotated[str | None, typer.Option(help="Only this kind, as resnet or block.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only names that match this glob.")] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Single attention heads in place of modules.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """List the sites of a pipeline in the order in which they run.
+
+    Example: mediation sites --network unet --component cross_attention
+    """
+    found = mediation.sites(
+        mediation.load_pipeline(model), network=network, component=component, name=name, heads=heads
+    )
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(site) for site in found]))
+        return
+    for site in found:
+        typer.echo(f"{site.name:<40} {site.network}.{site.path}")
+
+
+@_command
+def trace(
+    prompt: Annotated[list[str], typer.Option(help="A prompt; give it as often as needed.")] = (),
+    subject: Annotated[list[str], typer.Option(help="Words of the prompt to corrupt: one for all, or one each.")] = (),
+    cases: Annotated[
+        pathlib.Path | None, typer.Option(help="CSV or JSON with prompt, subject and perhaps attribute, seed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of cases that have none of their own.")] = 0,
+    corruption: Annotated[str, typer.Option(help="noise, noise:SCALE or replace:TEXT.")] = "noise",
+    draws: Annotated[int, typer.Option(help="Independent noises per case.")] = 1,
+    model: _Model = None,
+    sites: Annotated[str | None, typer.Option(help="Only sites whose name matches this glob.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Token groups or positions with commas between, as subject,eos; or each.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="restore: is a site sufficient? knock_out: is it necessary?")] = "restore",
+    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    images: Annotated[bool, typer.Option("--images", help="Keep the image of every run.")] = False,
+    output: Annotated[pathlib.Path | None, typer.Option(help="Where the map goes: a .nc file or .zarr folder.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure what each site carries of a prompt's subject.
+
+    Example: mediation trace --prompt "a cat in the style of ink" --subject ink --sites "unet.mid.*" --steps 4
+    --output ink.nc
+    """
+    if output is not None:
+        mapfiles.check_path(output)
+    corrupted_by = casefiles.parse_corruption(corruption, draws)
+    found, attributes = casefiles.collect_cases(cases, prompt, subject, corrupted_by, seed)
+    pipe = mediation.load_pipeline(model)
+    effects = mediation.trace(
+        pipe,
+        found,
+        sites=None if sites is None else mediation.sites(pipe, name=sites),
+        tokens=casefiles.parse_tokens(tokens),
+        mode=mode,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        images="all" if images else None,
+    )
+    if any(attributes):
+        effects = effects.assign_coords(attribute=("case", attributes))
+    if output is not None:
+        mapfiles.save_map(effects, output)
+    typer.echo(reports.as_json(effects) if as_json else reports.describe(effects))
+
+
+@_command
+def plot(
+    path: _Map,
+    output: Annotated[pathlib.Path | None, typer.Option(help="The figure; without it, beside the map.")] = None,
+    kind: Annotated[str, typer.Option(help="map, bars or images.")] = "map",
+    by: Annotated[str | None, typer.Option(help="What bars stand for: component, network, block, layer, site.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Shares of the total effect.")] = False,
+) -> None:
+    """Draw a map as a heat map, as bars with intervals, or as strips of images.
+
+    Example: mediation plot ink.nc --kind bars --by component --output ink.png
+    """
+    output = output or path.with_suffix(".png")
+    figure = reports.draw(mapfiles.open_map(path), kind, by=by, normalize=normalize).figure
+    figure.savefig(output, dpi=200)
+    matplotlib.pyplot.close(figure)
+    typer.echo(f"saved {output}")
+
+
+@_command
+def compare(
+    a: _Map,
+    b: _Map,
+    k: Annotated[int, typer.Option("-k", help="How many of the largest effects the overlap looks at.")] = 5,
+    as_json: _Json = False,
+) -> None:
+    """Tell how far two maps rank the same sites alike.
+
+    Example: mediation compare ink.nc cat.nc -k 3
+    """
+    found = mediation.compare(mapfiles.open_map(a), mapfiles.open_map(b), k)
+    typer.echo(reports.comparison_as_json(found) if as_json else reports.describe_comparison(found))
+
+
+for _entry in importlib.metadata.entry_points(group="mediation.commands"):
+    app.command(_entry.name)(_entry.load())

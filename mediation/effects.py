@@ -4,9 +4,9 @@ import warnings
 
 import numpy
 import xarray
-from scipy import stats
 
-_RUNS = ("clean", "corrupted", "sham", "restored")
+from mediation.intervals import check_interval, mean_interval
+from mediation.schema import check
 
 
 def total_effect(effects: xarray.Dataset) -> xarray.DataArray:
@@ -19,7 +19,7 @@ def total_effect(effects: xarray.Dataset) -> xarray.DataArray:
         >>> total_effect(_example()).values.tolist()
         [[2.0]]
     """
-    _check(effects)
+    check(effects)
     return (effects.clean - effects.corrupted).rename("total_effect")
 
 
@@ -42,7 +42,7 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
         >>> indirect_effect(_example(), normalize=True).values.tolist()
         [[[0.5, 0.0]]]
     """
-    _check(effects)
+    check(effects)
     if is_knock_out(effects):
         indirect = (effects.clean - effects.restored).rename("indirect_effect")
     else:
@@ -65,8 +65,8 @@ def noise_floor(effects: xarray.Dataset) -> xarray.DataArray:
 
 
 def is_knock_out(effects: xarray.Dataset) -> bool:
-    """Whether `restored` holds clean runs with a site knocked out, as the attribute `mode` says."""
-    return effects.attrs.get("mode", "restore") == "knock_out"
+    """Whether `restored` holds clean runs with a site knocked out, as the attribute `intervention` says."""
+    return effects.attrs.get("intervention", "restore") == "knock_out"
 
 
 def summarize(
@@ -96,7 +96,7 @@ def summarize(
     Returns:
         A Dataset over `by` [and token, window, metric]: mean, low, high, n (cases that count), and noise_floor; total,
         total_low and total_high say the same of the total effect. With a single case, low and high are NaN. The
-        attribute `mode` says which indirect effect this is: restore (sufficiency) or knock_out (necessity).
+        attribute `intervention` says which indirect effect this is: restore (sufficiency) or knock_out (necessity).
 
     Raises:
         ValueError: if an argument is not one of the above.
@@ -105,13 +105,10 @@ def summarize(
         >>> summarize(_example())["mean"].values.tolist()
         [1.0, 0.0]
     """
-    _check(effects)
     if by not in ("site", "component", "network", "block", "layer"):
         raise ValueError(f"by must be site, component, network, block or layer, got {by!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    if method not in ("percentile", "BCa"):
-        raise ValueError(f'method must be "percentile" or "BCa", got {method!r}')
+    check(effects, needs=() if by == "site" else (by,))
+    check_interval(confidence, method)
     indirect, total = indirect_effect(effects), total_effect(effects)
     floor = noise_floor(effects)
     if normalize:
@@ -121,54 +118,16 @@ def summarize(
     if by != "site":
         indirect = indirect.groupby(by).mean("site")
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
-    mean, low, high = _interval(indirect, total if normalize else None, **options)
+    mean, low, high = mean_interval(indirect, total if normalize else None, **options)
     n = (~numpy.isnan(indirect)).sum("case")
     summary = xarray.Dataset({"mean": mean, "low": low, "high": high, "n": n, "noise_floor": floor})
-    for name, value in zip(("total", "total_low", "total_high"), _interval(total, None, **options), strict=True):
+    for name, value in zip(("total", "total_low", "total_high"), mean_interval(total, None, **options), strict=True):
         summary[name] = value
     what = "indirect effect / total effect" if normalize else "indirect effect"
     mode = "knock_out" if is_knock_out(effects) else "restore"
-    return summary.assign_attrs(options | {"quantity": what, "mode": mode, "metric": effects.attrs.get("metric", "")})
-
-
-def _interval(values: xarray.DataArray, total: xarray.DataArray | None, *, confidence, n_resamples, method, seed):
-    """Mean over cases (or, with `total`, the ratio of means) and its bootstrap interval, as three DataArrays."""
-    values = values.transpose("case", ...)
-    arrays = [values.values]
-    if total is not None:
-        paired = xarray.broadcast(values, total)[1].transpose(*values.dims)
-        arrays.append(paired.where(~numpy.isnan(values)).values)
-
-    def statistic(*samples, axis=0):
-        means = [_nanmean(sample, axis) for sample in samples]
-        return means[0] if len(means) == 1 else means[0] / means[1]
-
-    point = statistic(*arrays)
-    low = high = numpy.full_like(point, numpy.nan)
-    if values.sizes["case"] > 1:
-        with warnings.catch_warnings():
-            # BCa of a constant column is undefined; its interval is NaN, which says so.
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-            found = stats.bootstrap(
-                arrays,
-                statistic,
-                paired=True,
-                vectorized=True,
-                axis=0,
-                confidence_level=confidence,
-                n_resamples=n_resamples,
-                method=method,
-                rng=numpy.random.default_rng(seed),
-            )
-        low, high = found.confidence_interval
-    template = values.isel(case=0, drop=True)
-    return tuple(template.copy(data=data) for data in (point, low, high))
-
-
-def _nanmean(sample: numpy.ndarray, axis: int) -> numpy.ndarray:
-    """`numpy.nanmean` that is NaN without a warning where nothing counts."""
-    n = (~numpy.isnan(sample)).sum(axis)
-    return numpy.divide(numpy.nansum(sample, axis), n, out=numpy.full(n.shape, numpy.nan), where=n > 0)
+    return summary.assign_attrs(
+        options | {"quantity": what, "intervention": mode, "metric": effects.attrs.get("metric", "")}
+    )
 
 
 def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:
@@ -183,8 +142,7 @@ def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if "metric" in effects.dims:
-        raise ValueError(f"choose one metric: effects.sel(metric=…) of {list(effects.metric.values)}")
+    check(effects, one_metric=True)
     mean = indirect_effect(effects).mean(("case", "draw"))
     best = mean.max([dim for dim in mean.dims if dim != "site"])
     order = numpy.argsort(-best.values, kind="stable")
@@ -201,12 +159,6 @@ def warn_of_missing(effects: xarray.Dataset) -> None:
         warnings.warn(
             f"the metric is not a number for {controls} control runs and for restorations at {sites}", stacklevel=3
         )
-
-
-def _check(effects: xarray.Dataset) -> None:
-    missing = [name for name in _RUNS if name not in getattr(effects, "data_vars", ())]
-    if missing:
-        raise ValueError(f"expected the Dataset that mediation.trace returns, but it has no {', '.join(missing)}")
 
 
 def _example() -> xarray.Dataset:

@@ -12,7 +12,7 @@ from mediation.metrics import Metric, default_metric
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.rows import MODES, N_CONTROLS, Intervention
 from mediation.sampling import Sampling
-from mediation.sites import Site, resolve
+from mediation.sites import Site, group_name, resolve
 
 WHOLE = (0.0, 1.0)
 
@@ -31,6 +31,8 @@ class Plan:
         sampling: how images are sampled.
         batch_size: rows of one call of the pipeline, controls included.
         several_metrics: whether results have a `metric` dimension.
+        pictured: indices of the groups whose images are kept, next to the clean and the corrupted image; None keeps no
+            image at all.
         progress: whether to show a progress bar.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     sampling: Sampling
     batch_size: int
     several_metrics: bool
+    pictured: tuple[int, ...] | None
     progress: bool
 
     @property
@@ -81,6 +84,7 @@ def make_plan(
     mode: str,
     sampling: Sampling,
     batch_size: int | None,
+    images: str | Sequence | None,
     progress: bool,
 ) -> Plan:
     """Checks a trace's arguments against the pipeline. See `mediation.trace` for their meaning and errors."""
@@ -130,6 +134,7 @@ def make_plan(
         sampling=sampling,
         batch_size=batch_size,
         several_metrics=several,
+        pictured=_check_images(groups, images),
         progress=progress,
     )
 
@@ -149,6 +154,9 @@ def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
         groups = [group for group in groups if group[0].network in encoders]
     if sites is None and windows is not None:
         groups = [group for group in groups if group[0].network not in encoders]
+    names = [group_name(group) for group in groups]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"the same sites are given twice: {', '.join(repeated)}")
     for group in groups:
         for site in group:
             if tokens is not None and site.network not in encoders:
@@ -158,6 +166,19 @@ def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
                     f"windows restores the denoiser for a while, and {site.name!r} runs only once, before it"
                 )
     return tuple(groups)
+
+
+def _check_images(groups, images) -> tuple[int, ...] | None:
+    if images is None:
+        return None
+    if images == "all":
+        return tuple(range(len(groups)))
+    names = [group_name(group) for group in groups]
+    wanted = [group_name(entry) for entry in ([images] if isinstance(images, str | Site) else images)]
+    for name in wanted:
+        if name not in names:
+            raise KeyError(f'images of {name!r}, but this site is not traced; images is "all", or names among sites')
+    return tuple(names.index(name) for name in dict.fromkeys(wanted))
 
 
 def _check_tokens(pipe, cases, tokens) -> tuple[str | int, ...] | None:

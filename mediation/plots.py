@@ -1,5 +1,7 @@
 """Pictures of causal maps."""
 
+import textwrap
+
 import matplotlib.axes
 import matplotlib.colors
 import matplotlib.pyplot
@@ -7,6 +9,7 @@ import numpy
 import xarray
 
 from mediation.effects import summarize
+from mediation.schema import check
 
 # Diverging, readable in print and for the colour-blind: negative effects purple, positive ones orange.
 COLORMAP = "PuOr_r"
@@ -39,8 +42,7 @@ def plot_effects(
         >>> ax = mediation.plot_effects(effects)
         >>> matplotlib.pyplot.close(ax.figure)
     """
-    if "metric" in effects.dims:
-        raise ValueError(f"choose one metric: effects.sel(metric=…) of {list(effects.metric.values)}")
+    check(effects, one_metric=True)
     summary = summarize(effects, normalize=normalize)
     table, sure, rows, columns = _table(summary)
     if ax is None:
@@ -59,8 +61,124 @@ def plot_effects(
     ax.grid(which="minor", color="white", linewidth=1)
     ax.tick_params(which="minor", length=0)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    bar.set_label("IE / TE" if normalize else f"indirect effect\non {effects.attrs.get('metric', 'the metric')}")
+    bar.set_label(_quantity(effects, normalize))
     return ax
+
+
+def plot_bars(
+    effects: xarray.Dataset, by: str = "component", ax: matplotlib.axes.Axes | None = None, *, normalize: bool = False
+) -> matplotlib.axes.Axes:
+    """Draws mean indirect effects as bars with 95% bootstrap intervals, over a grey band: the noise floor.
+
+    Args:
+        effects: from `mediation.trace`, of one metric.
+        by: one group of bars for each label of this coordinate, as in `mediation.summarize`; within it, one bar for
+            each token or window.
+        ax: where to draw; None makes a new figure.
+        normalize: draws IE / TE, the share of the total effect that a site brings back.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if the map has several metrics, or sites have no such coordinate.
+
+    Example:
+        >>> from mediation.effects import _example
+        >>> ax = plot_bars(_example(), by="site")
+        >>> [float(bar.get_height()) for bar in ax.patches[:2]]
+        [1.0, 0.0]
+        >>> matplotlib.pyplot.close(ax.figure)
+    """
+    check(effects, one_metric=True)
+    summary = summarize(effects, by=by, normalize=normalize)
+    groups = [str(label) for label in summary[by].values]
+    groups = _shorten(groups) if by == "site" else [group.replace("_", " ") for group in groups]
+    inner = [dim for dim in summary["mean"].dims if dim != by]
+    labels = [str(label) for label in summary[inner[0]].values] if inner else [None]
+    mean, low, high = (
+        summary[name].transpose(by, ...).values.reshape(len(groups), len(labels)) for name in ("mean", "low", "high")
+    )
+    if ax is None:
+        ax = matplotlib.pyplot.subplots(figsize=(max(4.0, 0.3 * mean.size + 2), 3.2), layout="constrained")[1]
+    width = 0.8 / len(labels)
+    colors = matplotlib.pyplot.get_cmap("cividis")(numpy.linspace(0.1, 0.9, len(labels)))
+    for j, label in enumerate(labels):
+        ax.bar(
+            numpy.arange(len(groups)) + (j - (len(labels) - 1) / 2) * width,
+            mean[:, j],
+            0.92 * width,
+            yerr=numpy.maximum(0, [(mean - low)[:, j], (high - mean)[:, j]]),
+            color=colors[j],
+            ecolor="0.35",
+            label=label,
+        )
+    floor = float(summary.noise_floor) / (abs(float(summary.total)) if normalize else 1)
+    ax.axhspan(-floor, floor, color="0.88", zorder=0)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(groups)), groups, rotation=90 if sum(map(len, groups)) > 60 else 0)
+    ax.set_ylabel(_quantity(effects, normalize))
+    if inner:
+        ax.legend(title=inner[0], fontsize="small")
+    return ax
+
+
+def plot_images(
+    effects: xarray.Dataset, ax: matplotlib.axes.Axes | None = None, *, draw: int = 0
+) -> matplotlib.axes.Axes:
+    """Draws a strip of images per case: clean, corrupted, and with each site restored (or knocked out).
+
+    Args:
+        effects: from `mediation.trace(…, images=…)`, of one token and one window.
+        ax: where to draw; None makes a new figure.
+        draw: which draw of the corruption.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if the map keeps no images, or those of several tokens or windows.
+
+    Example:
+        >>> import mediation
+        >>> pipe = mediation.load_pipeline()
+        >>> case = mediation.Case("a cat in the style of ink", subject="ink")
+        >>> effects = mediation.trace(pipe, case, sites=["unet.mid.0.resnet"], images="all", num_inference_steps=1)
+        >>> ax = mediation.plot_images(effects)
+        >>> len(ax.get_xticklabels())
+        3
+        >>> matplotlib.pyplot.close(ax.figure)
+    """
+    check(effects)
+    if "clean_image" not in effects:
+        raise ValueError('this map keeps no images: pass images="all", or sites, to mediation.trace')
+    columns, images = ["clean", "corrupted"], [effects.clean_image, effects.corrupted_image]
+    if "restored_image" in effects:
+        for dim in ("token", "window"):
+            if dim in effects.restored_image.dims:
+                raise ValueError(f"choose one {dim}: effects.sel({dim}=…) of {effects[dim].values.tolist()}")
+        names = effects.image_site.values.tolist()
+        columns += ["\n".join(name.rsplit(".", 1)) for name in _shorten(names)]
+        images += [effects.restored_image.sel(image_site=name) for name in names]
+    images = [image.isel(draw=draw).transpose("case", "y", "x", "channel") for image in images]
+    rows = effects.prompt.values.tolist() if "prompt" in effects.coords else [str(i) for i in range(len(images[0]))]
+    _, height, width, _ = images[0].shape
+    gap = max(1, height // 16)
+    cells = [numpy.pad(x.values, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for x in images]
+    canvas = numpy.concatenate(numpy.concatenate(cells, axis=2), axis=0)[:-gap, :-gap]
+    if ax is None:
+        size = (1.2 * len(columns) + 1, 1.2 * len(rows) + 0.6)
+        ax = matplotlib.pyplot.subplots(figsize=size, layout="constrained")[1]
+    ax.imshow(canvas.astype(numpy.uint8))
+    ax.set_xticks(numpy.arange(len(columns)) * (width + gap) + (width - 1) / 2, columns)
+    ax.set_yticks(numpy.arange(len(rows)) * (height + gap) + (height - 1) / 2, [textwrap.fill(row, 22) for row in rows])
+    ax.tick_params(length=0, labelsize=7)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def _quantity(effects: xarray.Dataset, normalize: bool) -> str:
+    return "IE / TE" if normalize else f"indirect effect\non {effects.attrs.get('metric', 'the metric')}"
 
 
 def _table(summary: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray, list[str], list[str]]:

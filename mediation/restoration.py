@@ -3,6 +3,7 @@
 Cost grows with cases × draws × sites (× tokens × windows): one row of sampling each, and two more per chunk.
 """
 
+import functools
 import gc
 import math
 import warnings
@@ -13,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from mediation.album import Album
 from mediation.cases import Case
 from mediation.metrics import evaluate
 from mediation.pipelines import family_of
@@ -31,7 +33,8 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
 
     Returns:
         clean, corrupted: (case, draw, metric); sham, restored: (case, draw, site, token, window, metric), where sham is
-        the sham row of the chunk that an intervention ran in. What has no token to change is NaN.
+        the sham row of the chunk that an intervention ran in. What has no token to change is NaN. And the arrays of an
+        `Album`, if the plan asks for images.
     """
     n_cases, n_draws, n_metrics = len(plan.cases), plan.n_draws, len(plan.metrics)
     whole = (n_cases, n_draws, n_metrics)
@@ -42,11 +45,12 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
         "sham": numpy.full(each, numpy.nan),
         "restored": numpy.full(each, numpy.nan),
     }
+    album = Album(plan)
     untouched = Intervention(mode=plan.mode)
     jobs = [[(None, untouched), *plan.interventions(pipe, case)] for case in plan.cases]
     n_rows = n_draws * sum(map(len, jobs))
     with tqdm(total=n_rows, desc="tracing", unit="row", disable=None if plan.progress else True) as bar:
-        for c, draw, chunk, measured in _measured_chunks(pipe, plan, jobs):
+        for c, draw, chunk, measured in _measured_chunks(pipe, plan, jobs, album):
             for row, (index, _) in enumerate(chunk, start=N_CONTROLS):
                 if index is None:
                     values[_CONTROLS[untouched.donor]][c, draw] = measured[:, untouched.donor]
@@ -55,10 +59,12 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
                     values["sham"][(c, draw, *index)] = measured[:, untouched.sham]
                     values["restored"][(c, draw, *index)] = measured[:, row]
             bar.update(len(chunk))
-    return values
+    return values | album.arrays
 
 
-def _measured_chunks(pipe, plan: Plan, jobs: list[list]) -> Iterator[tuple[int, int, list, numpy.ndarray]]:
+def _measured_chunks(
+    pipe, plan: Plan, jobs: list[list], album: Album
+) -> Iterator[tuple[int, int, list, numpy.ndarray]]:
     """(case, draw, its next jobs, their values as of `_measure`); chunks shrink for good when memory runs out."""
     capacity = plan.batch_size - N_CONTROLS
     for c, case in enumerate(plan.cases):
@@ -69,11 +75,14 @@ def _measured_chunks(pipe, plan: Plan, jobs: list[list]) -> Iterator[tuple[int, 
                 chunk = pending[:size]
                 rows = [intervention for _, intervention in chunk]
                 rows += [Intervention(mode=plan.mode)] * (size - len(chunk))
-                measured = _measure_if_it_fits(pipe, plan, case, draw, rows)
-                if measured is None:
+                places = album.places(chunk)
+                found = _measure_if_it_fits(pipe, plan, case, draw, rows, list(places))
+                if found is None:
                     capacity = size // 2
                     size = _even_size(len(pending), capacity)
                 else:
+                    measured, images = found
+                    album.add(c, draw, list(places.values()), images)
                     yield c, draw, chunk, measured
                     pending = pending[size:]
 
@@ -83,10 +92,12 @@ def _even_size(n_jobs: int, capacity: int) -> int:
     return math.ceil(n_jobs / math.ceil(n_jobs / capacity))
 
 
-def _measure_if_it_fits(pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention]) -> numpy.ndarray | None:
+def _measure_if_it_fits(
+    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], pictured: list[int]
+) -> tuple[numpy.ndarray, torch.Tensor] | None:
     """What `_measure` returns, or None if memory ran out and fewer rows could still do."""
     try:
-        return _measure(pipe, plan, case, draw, rows)
+        return _measure(pipe, plan, case, draw, rows, pictured)
     except RuntimeError as error:
         if len(rows) == 1 or not _is_out_of_memory(error):
             raise
@@ -108,9 +119,15 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.no_grad()
-def _measure(pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention]) -> numpy.ndarray:
-    """Values of every metric, (metric, row)."""
+def _measure(
+    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], pictured: list[int]
+) -> tuple[numpy.ndarray, torch.Tensor]:
+    """Values of every metric, (metric, row), and the images of the rows in `pictured`."""
     latents = sample_rows(pipe, case, draw, rows, plan.sampling)
+    decode = functools.partial(family_of(pipe).decode, pipe)
     needs_images = any(getattr(metric, "needs_images", True) for metric in plan.metrics)
-    images = family_of(pipe).decode(pipe, latents) if needs_images else None
-    return evaluate(plan.metrics, images, latents, [case] * len(latents))
+    images = decode(latents) if needs_images else None
+    measured = evaluate(plan.metrics, images, latents, [case] * len(latents))
+    if not pictured:
+        return measured, latents[:0]
+    return measured, images[pictured] if needs_images else decode(latents[pictured])

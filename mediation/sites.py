@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -99,6 +99,13 @@ def sites(
     if not chosen:
         raise ValueError(f"no {kind} matches {wanted | ({'name': name} if name is not None else {})}")
     return chosen
+
+
+def group_name(group: Site | str | Sequence[Site | str]) -> str:
+    """How results call one site, or sites that are changed together."""
+    if isinstance(group, Site | str):
+        group = (group,)
+    return "+".join(site.name if isinstance(site, Site) else site for site in group)
 
 
 def _all_sites(pipe: DiffusionPipeline) -> Iterator[Site]:

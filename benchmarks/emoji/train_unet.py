@@ -5,6 +5,7 @@ exponential moving average. An eighth of every batch is rendered and encoded ane
 earlier latents.
 
 Run: python -m benchmarks.emoji.train_unet --output runs/emoji
+To go on from the bundled weights: add --initialize mediation/bundled/emoji/pipeline/unet
 """
 
 import pathlib
@@ -130,8 +131,12 @@ def warm_average(decay: float):
 
 def main() -> None:
     """Trains, and writes the averaged weights as `unet/` at every checkpoint."""
-    options = training.arguments(__doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.998, fresh=0.125)
+    options = training.arguments(
+        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.998, fresh=0.125, initialize=""
+    )
     unet = build().train()
+    if options.initialize:
+        unet.load_state_dict(diffusers.UNet2DConditionModel.from_pretrained(options.initialize).state_dict())
     unet.set_attn_processor(AttnProcessor())  # plain attention: its backward is faster than the fused one's on CPU
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=warm_average(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)

@@ -41,13 +41,13 @@ def test_effects_are_signed_differences():
 
 def test_necessity_is_what_is_lost_without_the_site():
     """In a knock-out map, sites are changed in the clean run, whose sham it carries."""
-    effects = make([[10]], [[2]], [[[9, 2]]], sham=[[[10.5, 10]]]).assign_attrs(mode="knock_out")
+    effects = make([[10]], [[2]], [[[9, 2]]], sham=[[[10.5, 10]]]).assign_attrs(intervention="knock_out")
     assert mediation.total_effect(effects).values.tolist() == [[8]]
     assert mediation.indirect_effect(effects).values.tolist() == [[[1, 8]]]
     assert mediation.indirect_effect(effects, normalize=True).values.tolist() == [[[1 / 8, 1]]]
     assert float(noise_floor(effects)) == 0.5
     summary = mediation.summarize(effects)
-    assert (summary["mean"].values.tolist(), summary.attrs["mode"]) == ([1, 8], "knock_out")
+    assert (summary["mean"].values.tolist(), summary.attrs["intervention"]) == ([1, 8], "knock_out")
     assert mediation.top_sites(effects, k=1) == ["unet.mid.0.resnet"]
 
 
@@ -113,7 +113,9 @@ def test_top_sites_are_sorted_and_do_not_depend_on_the_order_of_sites(restored, 
 def test_top_sites_take_the_best_token_and_skip_what_never_ran():
     effects = make([[1]], [[0]], [[[1, 2]]])
     by_token = (("case", "draw", "site", "token"), [[[[0.0, 5.0], [2.0, numpy.nan]]]])
-    effects = effects.assign(restored=by_token, sham=(by_token[0], numpy.zeros((1, 1, 2, 2))))
+    effects = effects.assign(restored=by_token, sham=(by_token[0], numpy.zeros((1, 1, 2, 2)))).assign_coords(
+        token=["subject", "eos"]
+    )
     assert mediation.top_sites(effects, k=2) == ["unet.down.0.0.resnet", "unet.mid.0.resnet"]
     effects["restored"] = effects.restored.where(effects.site != "unet.mid.0.resnet")
     assert mediation.top_sites(effects, k=2) == ["unet.down.0.0.resnet"]

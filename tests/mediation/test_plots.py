@@ -80,6 +80,73 @@ def test_it_draws_where_it_is_told_and_names_the_metric():
     assert any(ax.get_ylabel() == "IE / TE" for ax in figure.axes)
 
 
+def test_windows_are_columns_of_a_denoiser_map():
+    values = [[[[0.1, 0.9], [0.2, -0.4], [0.0, 0.3]]]]
+    ax = mediation.plot_effects(make(values, window=["0–0.5", "0.5–1"]))
+    assert labels(ax.xaxis) == ["0–0.5", "0.5–1"]
+    assert labels(ax.yaxis) == [name.removeprefix("unet.") for name in NAMES]
+    assert ax.images[0].get_array().tolist() == values[0][0]
+
+
+def test_bars_are_means_with_their_intervals_over_the_noise_floor():
+    effects = make([[[1.0, 5.0, 2.0]], [[2.0, 5.0, 4.0]], [[3.0, 5.0, 3.0]]])
+    effects["sham"] = effects.sham + 0.25
+    ax = mediation.plot_bars(effects)
+    summary = mediation.summarize(effects, by="component")
+    assert labels(ax.xaxis) == ["cross attention", "resnet"]
+    bars = ax.containers[-1]
+    assert [bar.get_height() for bar in bars] == pytest.approx([5, 2.5])
+    stems = bars.errorbar.lines[2][0].get_segments()
+    numpy.testing.assert_allclose([stem[:, 1] for stem in stems], numpy.stack([summary.low, summary.high], axis=1))
+    band = ax.patches[-1]
+    assert (band.get_y(), band.get_height()) == (-0.25, 0.5)
+
+
+def test_tokens_are_bars_side_by_side():
+    values = [[[[0.1, 0.9], [0.2, 0.0], [0.3, 0.5]]]]
+    ax = mediation.plot_bars(make(values, token=["subject", "eos"]), normalize=True)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["subject", "eos"]
+    heights = [[bar.get_height() for bar in ax.patches[i : i + 2]] for i in (0, 2)]
+    assert heights == [pytest.approx([0.2, 0.2]), pytest.approx([0.0, 0.7])]
+    assert ax.patches[0].get_x() < ax.patches[2].get_x() < ax.patches[1].get_x()
+    assert ax.get_ylabel() == "IE / TE"
+
+
+def with_images(effects, n_sites):
+    """Every image is one grey: 10 clean, 20 corrupted, then 30, 40, …; 100 more in the second case."""
+
+    def image(value):
+        cases = value + 100 * numpy.arange(effects.sizes["case"])
+        return numpy.broadcast_to(cases[:, None, None, None, None], (len(cases), 1, 2, 3, 3)).astype("uint8")
+
+    dims = ("case", "draw", "y", "x", "channel")
+    effects = effects.assign(clean_image=(dims, image(10)), corrupted_image=(dims, image(20)))
+    restored = numpy.stack([image(30 + 10 * i) for i in range(n_sites)], axis=2)
+    effects = effects.assign(restored_image=(("case", "draw", "image_site", "y", "x", "channel"), restored))
+    return effects.assign_coords(image_site=NAMES[:n_sites])
+
+
+def test_strips_show_each_case_clean_corrupted_and_by_site():
+    effects = with_images(make([[[1.0, 2.0]], [[1.0, 2.0]]]), 2).assign_coords(prompt=("case", ["a cat", "a dog"]))
+    ax = mediation.plot_images(effects)
+    assert labels(ax.xaxis) == ["clean", "corrupted", "down.0.0\nresnet", "down.0.0\ncross_attention"]
+    assert labels(ax.yaxis) == ["a cat", "a dog"]
+    canvas = ax.images[0].get_array()
+    at_labels = [[canvas[int(y), int(x), 0] for x in ax.get_xticks()] for y in ax.get_yticks()]
+    assert at_labels == [[10, 20, 30, 40], [110, 120, 130, 140]]
+    assert (canvas == 255).any(axis=(0, 2)).all()  # a gap between cases
+
+
+def test_strips_need_images_of_one_token():
+    effects = make([[[[0.1, 0.9]]]], token=["subject", "eos"])
+    with pytest.raises(ValueError, match="keeps no images"):
+        mediation.plot_images(effects)
+    pictured = with_images(make([[[1.0]]]), 1).restored_image.expand_dims(token=["subject", "eos"])
+    controls = with_images(make([[[1.0]]]), 1)[["clean_image", "corrupted_image"]]
+    with pytest.raises(ValueError, match="choose one token"):
+        mediation.plot_images(effects.assign(controls).assign(restored_image=pictured))
+
+
 def test_one_metric_at_a_time():
     with pytest.raises(ValueError, match="choose one metric"):
         mediation.plot_effects(make([[[0.5]]]).expand_dims(metric=["a", "b"]))

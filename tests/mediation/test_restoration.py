@@ -154,7 +154,7 @@ def test_knocking_out_is_the_run_with_the_corrupted_output_written_by_hand(tiny_
         tiny_pipe, case, sites=[site], mode="knock_out", metric=lambda images, latents, cases: latents.mean((1, 2, 3)),
         num_inference_steps=2, guidance_scale=4.0, progress=False,
     )  # fmt: skip
-    assert effects.attrs["mode"] == "knock_out"
+    assert effects.attrs["intervention"] == "knock_out"
     total = float((clean - corrupted).mean())
     assert float(mediation.total_effect(effects).squeeze()) == pytest.approx(total, rel=1e-2)
     assert abs(total) > 1e-3

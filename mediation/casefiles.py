@@ -1,0 +1,115 @@
+"""Cases as the command line and files spell them."""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+
+from mediation.cases import Case, GaussianNoise, ReplaceSubject
+
+_COLUMNS = ("prompt", "subject", "attribute", "seed")
+
+
+def parse_corruption(text: str, draws: int = 1) -> GaussianNoise | ReplaceSubject:
+    """The corruption that "noise", "noise:SCALE" or "replace:TEXT" stands for.
+
+    Example:
+        >>> parse_corruption("noise:2.5", draws=4)
+        GaussianNoise(scale=2.5, draws=4, where='input')
+    """
+    kind, _, value = text.partition(":")
+    if kind == "replace":
+        if draws != 1:
+            raise ValueError(f"a replaced subject has nothing random, so it has one draw; got {draws} draws")
+        return ReplaceSubject(value)
+    try:
+        if kind == "noise":
+            return GaussianNoise(float(value or GaussianNoise.scale), draws)
+    except ValueError as error:
+        raise ValueError(f"cannot make noise of {text!r}, {draws} draws: {error}") from error
+    raise ValueError(f'a corruption is "noise", "noise:SCALE" or "replace:TEXT", got {text!r}')
+
+
+def parse_tokens(text: str | None) -> str | list[str | int] | None:
+    """The tokens that names and positions with commas between, or "each", stand for.
+
+    Example:
+        >>> parse_tokens("last_subject, eos, 3")
+        ['last_subject', 'eos', 3]
+    """
+    if text is None or text == "each":
+        return text
+    return [int(token) if token.strip().isdigit() else token.strip() for token in text.split(",")]
+
+
+def collect_cases(
+    path: pathlib.Path | None,
+    prompts: Sequence[str],
+    subjects: Sequence[str],
+    corruption: GaussianNoise | ReplaceSubject,
+    seed: int = 0,
+) -> tuple[list[Case], list[str]]:
+    """Cases of a file, or of prompts and subjects, and the attribute of each."""
+    if (path is None) == (not prompts):
+        raise ValueError("give either prompts with subjects, or a file of cases")
+    if path is not None:
+        if subjects:
+            raise ValueError("a file of cases has its own subjects")
+        return read_cases(path, corruption, seed)
+    return pair_cases(prompts, subjects, corruption, seed), [""] * len(prompts)
+
+
+def pair_cases(
+    prompts: Sequence[str], subjects: Sequence[str], corruption: GaussianNoise | ReplaceSubject, seed: int = 0
+) -> list[Case]:
+    """One case per prompt, with a subject of its own or the only one.
+
+    Example:
+        >>> [case.subject for case in pair_cases(["a cat", "two cats"], ["cat", "cats"], GaussianNoise())]
+        ['cat', 'cats']
+    """
+    if len(subjects) not in (1, len(prompts)):
+        raise ValueError(f"give one subject for all prompts, or one for each of {len(prompts)}; got {len(subjects)}")
+    subjects = list(subjects) * (len(prompts) if len(subjects) == 1 else 1)
+    return [Case(*pair, corruption, seed) for pair in zip(prompts, subjects, strict=True)]
+
+
+def read_cases(
+    path: str | pathlib.Path, corruption: GaussianNoise | ReplaceSubject, seed: int = 0
+) -> tuple[list[Case], list[str]]:
+    """Cases from a CSV file with a header, or a JSON list of objects: prompt, subject and, if need be, attribute, seed.
+
+    Args:
+        path: a file that ends in .csv or .json.
+        corruption: of every case.
+        seed: of cases without a seed of their own.
+
+    Returns:
+        The cases, and the attribute of each, "" where there is none.
+
+    Raises:
+        ValueError: if a row is no case, with its number.
+    """
+    path = pathlib.Path(path)
+    readers = {".csv": lambda text: list(csv.DictReader(io.StringIO(text))), ".json": json.loads}
+    if path.suffix not in readers:
+        raise ValueError(f"cases are read from .csv and .json files, got {path.name!r}")
+    rows = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path.name} holds no list of cases")
+    cases = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            cases.append(_case(row, corruption, seed))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"case {number} of {path.name}: {error}") from error
+    return cases, [str(row.get("attribute") or "") for row in rows]
+
+
+def _case(row: dict, corruption: GaussianNoise | ReplaceSubject, seed: int) -> Case:
+    if not isinstance(row, dict) or not {"prompt", "subject"} <= set(row) <= set(_COLUMNS):
+        found = list(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"its columns are {found}; expected prompt, subject and perhaps attribute, seed")
+    own = row.get("seed")
+    return Case(row["prompt"] or "", row["subject"] or "", corruption, seed if own in (None, "") else int(own))

@@ -1,0 +1,95 @@
+"""Cases as files spell them are the cases that one would write."""
+
+import json
+
+import pytest
+
+from mediation import Case, GaussianNoise, ReplaceSubject
+from mediation.casefiles import collect_cases, parse_corruption, parse_tokens, read_cases
+
+NOISE = GaussianNoise(2.0)
+CASES = [Case("a cat, asleep", "cat", NOISE, 4), Case("a dog in ink style", "ink", NOISE, 7)]
+
+
+def test_csv_and_json_say_the_same(tmp_path):
+    table = tmp_path / "cases.csv"
+    table.write_text('prompt,subject,attribute,seed\n"a cat, asleep",cat,object,4\na dog in ink style,ink,style,\n')
+    records = tmp_path / "cases.json"
+    records.write_text(
+        json.dumps(
+            [
+                {"prompt": "a cat, asleep", "subject": "cat", "attribute": "object", "seed": 4},
+                {"prompt": "a dog in ink style", "subject": "ink", "attribute": "style"},
+            ]
+        )
+    )
+    for path in (table, records):
+        assert read_cases(path, NOISE, seed=7) == (CASES, ["object", "style"])
+        assert collect_cases(path, (), (), NOISE, 7) == (CASES, ["object", "style"])
+
+
+def test_a_spreadsheets_csv_is_read_too(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_bytes("\ufeffprompt,subject\r\nun café,café\r\n".encode())
+    assert read_cases(path, NOISE) == ([Case("un café", "café", NOISE)], [""])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cases.txt", "", r"\.csv and \.json"),
+        ("cases.csv", "prompt,subject\n", "no list of cases"),
+        ("cases.json", '{"prompt": "a cat"}', "no list of cases"),
+        ("cases.csv", "prompt,word\na cat,cat\n", r"case 1 of cases\.csv: its columns are \['prompt', 'word'\]"),
+        ("cases.csv", "prompt,subject\na cat,cat\na cat,dog\n", r"case 2 of cases\.csv: the subject 'dog' is not in"),
+        ("cases.csv", "prompt,subject,seed\na cat,cat,x\n", r"case 1 of cases\.csv: invalid literal"),
+        ("cases.json", '["a cat"]', r"case 1 of cases\.json: its columns are str"),
+    ],
+)
+def test_what_is_no_case_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_cases(tmp_path / name, NOISE)
+
+
+def test_prompts_share_a_subject_or_have_their_own():
+    prompts = ["a cat", "the cat sleeps"]
+    expected = [Case(prompt, "cat", NOISE, 3) for prompt in prompts]
+    assert collect_cases(None, prompts, ["cat"], NOISE, 3) == (expected, ["", ""])
+    assert collect_cases(None, prompts, ["cat", "sleeps"], NOISE)[0][1].subject == "sleeps"
+    for subjects in ([], ["cat"] * 3):
+        with pytest.raises(ValueError, match=f"one for each of 2; got {len(subjects)}"):
+            collect_cases(None, prompts, subjects, NOISE)
+
+
+def test_cases_come_from_one_place(tmp_path):
+    with pytest.raises(ValueError, match="either prompts"):
+        collect_cases(None, [], ["cat"], NOISE)
+    with pytest.raises(ValueError, match="either prompts"):
+        collect_cases(tmp_path, ["a cat"], ["cat"], NOISE)
+    with pytest.raises(ValueError, match="its own subjects"):
+        collect_cases(tmp_path, [], ["cat"], NOISE)
+
+
+def test_corruptions_and_tokens():
+    assert parse_corruption("noise") == GaussianNoise()
+    assert parse_corruption("noise:1.5", 2) == GaussianNoise(1.5, 2)
+    assert parse_corruption("replace:red: dog") == ReplaceSubject("red: dog")
+    assert parse_tokens("subject,eos, 12") == ["subject", "eos", 12]
+    assert (parse_tokens("each"), parse_tokens(None)) == ("each", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("blur",), 'a corruption is "noise"'),
+        (("noise:much",), "could not convert"),
+        (("noise:-1",), "scale must be positive"),
+        (("noise", 0), "draws must be"),
+        (("replace:",), "is empty"),
+        (("replace:dog", 2), "one draw"),
+    ],
+)
+def test_what_is_no_corruption_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_corruption(*arguments)

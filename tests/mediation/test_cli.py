@@ -1,0 +1,122 @@
+"""The command line: every example in its help runs, and says what the functions return."""
+
+import json
+import re
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+import mediation
+from mediation.cli import app
+from mediation.mapfiles import open_map, save_map
+from tests.maps import make_map
+
+COMMANDS = ("sites", "trace", "plot", "compare")
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_pipe, tmp_path):
+    """Runs the command in an empty folder, with a tiny pipeline for the bundled one."""
+    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None: tiny_pipe)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def example(run, command):
+    """The example in a command's help, as its arguments."""
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run(command, "--help").output).split())
+    found = re.search(rf"Example: mediation ({command} .*?) (?:Arguments|Options)", text)
+    return shlex.split(found.group(1))
+
+
+def test_help_lists_the_commands(run):
+    output = run("--help").output
+    assert all(command in output for command in (*COMMANDS, "demo"))
+
+
+def test_every_example_runs(run, tiny_pipe):
+    """In the order of the help, since later ones read what earlier ones wrote."""
+    result = run(*example(run, "sites"))
+    listed = [line.split()[0] for line in result.output.splitlines()]
+    chosen = mediation.sites(tiny_pipe, network="unet", component="cross_attention")
+    assert listed == [site.name for site in chosen]
+    arguments = example(run, "trace")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    effects = open_map("ink.nc")
+    case = mediation.Case("a cat in the style of ink", subject="ink")
+    middle = mediation.sites(tiny_pipe, name="unet.mid.*")
+    expected = mediation.trace(tiny_pipe, case, sites=middle, num_inference_steps=4, progress=False)
+    assert effects.attrs == expected.attrs
+    assert (effects.restored.values == expected.restored.values).all()
+    table = result.output.splitlines()[4:]
+    assert [line.split()[0] for line in table] == mediation.top_sites(effects, k=10)
+    other = ["cat" if word == "ink" else word.replace("ink.nc", "cat.nc") for word in arguments]
+    assert run(*other).exit_code == 0
+    result = run(*example(run, "plot"))
+    assert result.output == "saved ink.png\n"
+    with open("ink.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+    result = run(*example(run, "compare"))
+    assert "5 places, 1 and 1 cases" in result.output
+    estimate = mediation.compare(effects, open_map("cat.nc"), k=3).estimate
+    assert [line.split()[:2] for line in result.output.splitlines()[2:]] == [
+        [name, f"{value:.3g}"] for name, value in zip(estimate.statistic.values, estimate.values, strict=True)
+    ]
+
+
+def test_a_file_of_cases_becomes_a_map_and_json(run, tmp_path):
+    (tmp_path / "cases.csv").write_text(
+        "prompt,subject,attribute,seed\na red cat,cat,object,1\na red cat,red,color,2\n"
+    )
+    options = ["--cases", "cases.csv", "--corruption", "replace:dog", "--sites", "text_encoder.0.*", "--steps", 1]
+    result = run("trace", *options, "--tokens", "subject,eos", "--images", "--output", "map.nc", "--json")
+    assert result.exit_code == 0, result.output
+    effects = open_map("map.nc")
+    assert effects.attribute.values.tolist() == ["object", "color"]
+    assert effects.seed.values.tolist() == [1, 2]
+    assert effects.restored_image.sizes["image_site"] == effects.sizes["site"] == 2
+    told = json.loads(result.output)
+    summary = mediation.summarize(effects)
+    assert told["metric"] == "latent_distance"
+    assert told["total"] == pytest.approx(float(summary.total))
+    found = {(place["site"], place["token"]): place["mean"] for place in told["places"]}
+    assert len(found) == 4
+    for (site, token), mean in found.items():
+        assert mean == pytest.approx(float(summary["mean"].sel(site=site, token=token)), rel=1e-6)
+
+
+def test_json_of_sites_and_comparisons(run, tmp_path):
+    names = [site["name"] for site in json.loads(run("sites", "--name", "unet.mid.*", "--json").output)]
+    assert "unet.mid.0.resnet" in names
+    save_map(make_map([[[1.0, 2.0, 3.0]]], prompts=["a cat"]), tmp_path / "a.nc")
+    save_map(make_map([[[3.0, 2.0, 1.0]]], prompts=["a cat"]), tmp_path / "b.nc")
+    told = json.loads(run("compare", "a.nc", "b.nc", "-k", 1, "--json").output)
+    assert told["paired"] == 1
+    assert [row["estimate"] for row in told["statistics"]] == pytest.approx([-1, -1, 0])
+    assert told["statistics"][0]["low"] is None  # a single case has no interval
+    assert "3 places, the same 1 case\n" in run("compare", "a.nc", "b.nc", "-k", 1).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sites", "--component", "engine"], "error: no site has component='engine'"),
+        (["trace", "--prompt", "a cat", "--subject", "dog"], "error: the subject 'dog' is not in the prompt"),
+        (["trace", "--output", "map.txt"], "error: a map is kept in a .nc file"),
+        (["trace"], "error: give either prompts with subjects, or a file"),
+        (["trace", "--cases", "none.csv"], "No such file"),
+        (["plot", "none.nc"], "error: there is no map at none.nc"),
+        (["plot", "map.nc", "--kind", "pie"], "error: a map is drawn as map, bars or images, got 'pie'"),
+        (["plot", "map.nc", "--by", "layer"], "error: only bars are grouped"),
+        (["plot", "map.nc", "--kind", "images", "--normalize"], "error: images show no effect"),
+        (["plot", "map.nc", "--kind", "images"], "error: this map keeps no images"),
+        (["compare", "map.nc", "map.nc"], "error: k=5 needs at least 5 places"),
+    ],
+)
+def test_mistakes_become_messages(run, tmp_path, arguments, message):
+    save_map(make_map([[[1.0, 2.0]]]), tmp_path / "map.nc")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
