@@ -55,9 +55,9 @@ class Latents:
 
     def __init__(self, folder: pathlib.Path, rng: numpy.random.Generator, size: int = 30_000):
         self.rng, self.size = rng, size
-        self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+        self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
         clip = transformers.CLIPModel.from_pretrained(folder / "clip", attn_implementation="eager")
-        self.text_encoder = text_encoder(clip).eval().requires_grad_(False)
+        self.text_encoder = text_encoder(clip.float()).eval().requires_grad_(False)
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.empty = self.states([""])
         self.latents = torch.empty(size, 4, 16, 16)
