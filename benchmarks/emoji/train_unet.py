@@ -146,7 +146,7 @@ def main() -> None:
     data = Latents(options.output, rng)
     while data.filled < 4096:
         data.refill(256)
-    unet.compile()  # three minutes that a quarter more images per second repay
+    unet.compile()  # takes minutes before the first step
     alphas = scheduler().alphas_cumprod
     pending, losses = 0.0, []
     while run.step < options.steps:
