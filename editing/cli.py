@@ -4,25 +4,19 @@ import functools
 import json
 import operator
 import pathlib
-from collections.abc import Callable
 from typing import Annotated
 
-import diffusers
 import matplotlib.figure
 import matplotlib.pyplot
-import transformers
 import typer
 import xarray
 
 import editing
 import mediation
+from mediation.commands import add_command, new_app
 
-# What libraries say while they load is not for the command line.
-transformers.logging.set_verbosity_error()
-for _library in (diffusers, transformers):
-    _library.utils.logging.disable_progress_bar()
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = new_app()
+_command = functools.partial(add_command, app)
 
 _Pairs = Annotated[list[str], typer.Argument(metavar="SOURCE=TARGET...", help="What is to be read as what.")]
 _Edit = Annotated[pathlib.Path, typer.Argument(help="An edit file.")]
@@ -38,21 +32,6 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.callback()
 def main() -> None:
     """Change what a text-to-image model makes of words, in closed form, and take it back."""
-
-
-def _command(function: Callable) -> Callable:
-    """Makes a command of a function; its user's mistakes become messages, not tracebacks."""
-
-    @functools.wraps(function)
-    def command(*arguments, **options):
-        try:
-            return function(*arguments, **options)
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-            message = error.args[0] if isinstance(error, KeyError) else error
-            typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(1) from error
-
-    return app.command(function.__name__.replace("_", "-"))(command)
 
 
 @_command

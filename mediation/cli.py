@@ -5,23 +5,17 @@ import functools
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Annotated
 
-import diffusers
 import matplotlib.pyplot
-import transformers
 import typer
 
 import mediation
 from mediation import casefiles, mapfiles, reports
+from mediation.commands import add_command, new_app
 
-# What libraries say while they load is not for the command line.
-transformers.logging.set_verbosity_error()
-for _library in (diffusers, transformers):
-    _library.utils.logging.disable_progress_bar()
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = new_app()
+_command = functools.partial(add_command, app)
 
 _Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it, Emoji Diffusion.")]
 _Map = Annotated[pathlib.Path, typer.Argument(help="A map that `mediation trace` wrote.")]
@@ -31,21 +25,6 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.callback()
 def main() -> None:
     """Find where a concept lives in a text-to-image model, and change it."""
-
-
-def _command(function: Callable) -> Callable:
-    """Makes a command of a function; its user's mistakes become messages, not tracebacks."""
-
-    @functools.wraps(function)
-    def command(*arguments, **options):
-        try:
-            return function(*arguments, **options)
-        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
-            message = error.args[0] if isinstance(error, KeyError) else error
-            typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(1) from error
-
-    return app.command(function.__name__)(command)
 
 
 @_command
