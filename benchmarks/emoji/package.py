@@ -46,6 +46,10 @@ def package(run: pathlib.Path, bundle: pathlib.Path = BUNDLE) -> None:
     for name in ("vocab.json", "merges.txt"):  # what tokenizers of transformers 4.x read
         for folder in ("pipeline/tokenizer", "clip"):
             shutil.copy(run / "tokenizer" / name, bundle / folder / name)
+    for file in bundle.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a folder of the machine that trained
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _add_prefix(file: pathlib.Path) -> None:

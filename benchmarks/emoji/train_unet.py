@@ -1,13 +1,14 @@
 """Trains the denoiser of Emoji Diffusion on latents and frozen text states.
 
 Epsilon prediction with a loss weighted by signal-to-noise ratio, 10% empty captions, stratified timesteps, an
-exponential moving average. An eighth of every batch is rendered and encoded anew, the rest is drawn from a buffer of
-earlier latents.
+exponential moving average. A sixteenth of every batch is rendered and encoded anew, the rest is drawn from a buffer of
+earlier latents. The denoiser learns from whitened text states; what is saved reads the text encoder's own.
 
 Run: python -m benchmarks.emoji.train_unet --output runs/emoji
 To go on from the bundled weights: add --initialize mediation/bundled/emoji/pipeline/unet
 """
 
+import copy
 import pathlib
 
 import diffusers
@@ -22,6 +23,9 @@ from benchmarks.emoji.tokenizer import encode
 MAX_WEIGHT = 5.0
 MIN_SNR = 0.03
 EMPTY_CAPTIONS = 0.1
+TIMESTEP_POWER = 0.6  # below 1: more of the high noise, where the text alone tells what to draw
+JITTER = 0.3  # of the artwork's place and size, as a part of what the other models see: fewer pictures to learn
+SMALLEST_VARIANCE = 2e-4  # added to the variance of each principal component, as a part of their sum, before whitening
 
 
 def build() -> diffusers.UNet2DConditionModel:
@@ -53,13 +57,15 @@ def scheduler() -> diffusers.DDIMScheduler:
 class Latents:
     """Latents and text states of rendered scenes: a ring that is refilled as it is drawn from."""
 
-    def __init__(self, folder: pathlib.Path, rng: numpy.random.Generator, size: int = 30_000):
-        self.rng, self.size = rng, size
+    def __init__(self, folder: pathlib.Path, size: int = 30_000):
+        self.size = size
         self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
         clip = transformers.CLIPModel.from_pretrained(folder / "clip", attn_implementation="eager")
         self.text_encoder = text_encoder(clip.float()).eval().requires_grad_(False)
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.empty = self.states([""])
+        fixed = numpy.random.default_rng(0)
+        self.whitening = Whitening(self.states([world.sample(fixed).text for _ in range(2000)]).flatten(0, 1))
+        self.empty = self.whitening(self.states([""]))
         self.latents = torch.empty(size, 4, 16, 16)
         self.text = torch.empty(size, *self.empty.shape[1:], dtype=torch.bfloat16)
         self.filled = self.position = 0
@@ -71,23 +77,68 @@ class Latents:
         return self.text_encoder(ids).last_hidden_state
 
     @torch.no_grad()
-    def refill(self, n: int) -> None:
+    def refill(self, rng: numpy.random.Generator, n: int) -> None:
         """Renders and encodes `n` new scenes over the oldest ones."""
-        images, captions = world.batch(self.rng, n)
+        images, captions = world.batch(rng, n, jitter=JITTER)
         with torch.autocast("cpu", torch.bfloat16):
             latents = self.vae.encode(images).latent_dist.sample().float() * self.vae.config.scaling_factor
-            text = self.states([caption.text for caption in captions])
+            text = self.states([caption.text for caption in captions]).float()
         where = (torch.arange(n) + self.position) % self.size
-        self.latents[where], self.text[where] = latents, text.bfloat16()
+        self.latents[where], self.text[where] = latents, self.whitening(text).bfloat16()
         self.position = (self.position + n) % self.size
         self.filled = min(self.size, self.filled + n)
 
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`n` latents and their text states, a tenth of these replaced by the empty prompt's."""
-        where = torch.from_numpy(self.rng.integers(0, self.filled, n))
+    def draw(self, rng: numpy.random.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`n` latents and their whitened text states, a tenth of these replaced by the empty prompt's."""
+        where = torch.from_numpy(rng.integers(0, self.filled, n))
         text = self.text[where].float()
-        text[torch.from_numpy(self.rng.random(n) < EMPTY_CAPTIONS)] = self.empty
+        text[torch.from_numpy(rng.random(n) < EMPTY_CAPTIONS)] = self.empty
         return self.latents[where], text
+
+
+class Whitening:
+    """The affine map x -> (x - mean) @ root that gives text states zero mean, and most directions unit variance.
+
+    A few directions hold most of the states' variance, those that tell objects apart hold little of it, and gradient
+    descent learns the latter late. Cross-attention is linear in the states, so that it can be trained on whitened ones
+    and then hold the map in its own weights: the mean moves all keys alike, which the softmax ignores, and all values
+    alike, which the bias of the output projection takes up.
+    """
+
+    def __init__(self, states: torch.Tensor):
+        self.mean = states.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(states.T).double())
+        spread = (values + SMALLEST_VARIANCE * values.sum()).sqrt()
+        self.root = (vectors / spread @ vectors.T).float()
+        self.inverse = (vectors * spread @ vectors.T).float()
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Whitens states of shape (…, width)."""
+        return (states - self.mean) @ self.root
+
+    @torch.no_grad()
+    def fold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
+        """A copy of `unet`, which reads whitened states, that reads plain ones and predicts the same."""
+        unet = copy.deepcopy(unet)
+        for attention in _cross_attention(unet):
+            for projection in (attention.to_k, attention.to_v):
+                projection.weight.copy_(projection.weight @ self.root)
+            attention.to_out[0].bias.sub_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
+        return unet
+
+    @torch.no_grad()
+    def unfold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
+        """A copy of `unet`, which reads plain states, that reads whitened ones and predicts the same."""
+        unet = copy.deepcopy(unet)
+        for attention in _cross_attention(unet):
+            attention.to_out[0].bias.add_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
+            for projection in (attention.to_k, attention.to_v):
+                projection.weight.copy_(projection.weight @ self.inverse)
+        return unet
+
+
+def _cross_attention(unet) -> list:
+    return [module for name, module in unet.named_modules() if name.endswith("attn2")]
 
 
 def text_encoder(clip: transformers.CLIPModel) -> transformers.CLIPTextModel:
@@ -109,7 +160,7 @@ def weighted_loss(unet, alphas_cumprod: torch.Tensor, latents: torch.Tensor, tex
     """
     n = len(latents)
     strata = (torch.randperm(n) + torch.rand(n)) / n
-    timesteps = (strata * len(alphas_cumprod)).long()
+    timesteps = (strata**TIMESTEP_POWER * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
     alpha = alphas_cumprod[timesteps][:, None, None, None]
     noise = torch.randn_like(latents)
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,20 +183,21 @@ def warm_average(decay: float):
 def main() -> None:
     """Trains, and writes the averaged weights as `unet/` at every checkpoint."""
     options = training.arguments(
-        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.998, fresh=0.125, initialize=""
+        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, initialize=""
     )
-    unet = build().train()
+    data = Latents(options.output)
+    unet = build()
     if options.initialize:
-        unet.load_state_dict(diffusers.UNet2DConditionModel.from_pretrained(options.initialize).state_dict())
+        plain = diffusers.UNet2DConditionModel.from_pretrained(options.initialize).float()
+        unet.load_state_dict(data.whitening.unfold(plain).state_dict())
+    unet.train()
     unet.set_attn_processor(AttnProcessor())  # plain attention: its backward is faster than the fused one's on CPU
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=warm_average(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    run = training.Run(options.output, "unet", {"unet": unet, "average": average, "adamw": optimizer})
+    run = training.Run(options.output, "unet", {"reads_whitened": unet, "average": average, "adamw": optimizer})
     rng = numpy.random.default_rng((options.seed, run.step))
-    torch.manual_seed(options.seed + run.step)
-    data = Latents(options.output, rng)
     while data.filled < 4096:
-        data.refill(256)
+        data.refill(rng, 256)
     unet.compile()  # takes minutes before the first step
     alphas = scheduler().alphas_cumprod
     pending, losses = 0.0, []
@@ -154,9 +206,9 @@ def main() -> None:
             group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         pending += options.fresh * options.batch_size
         if pending >= 256:
-            data.refill(256)
+            data.refill(rng, 256)
             pending -= 256
-        loss = weighted_loss(unet, alphas, *data.draw(options.batch_size))
+        loss = weighted_loss(unet, alphas, *data.draw(rng, options.batch_size))
         unet.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -169,7 +221,7 @@ def main() -> None:
             losses = []
         if run.due() or run.step == options.steps:
             run.save()
-            average.module.save_pretrained(options.output / "unet")
+            data.whitening.fold(average.module).save_pretrained(options.output / "unet")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Run:
             for key, holder in state.items():
                 holder.load_state_dict(saved[key])
             self.step, self.seconds = saved["step"], saved["seconds"]
+            torch.manual_seed(torch.initial_seed() + self.step)  # not the noise that the first steps had
         self._started = self._saved = time.monotonic()
 
     def elapsed(self) -> float:

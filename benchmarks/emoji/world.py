@@ -198,14 +198,18 @@ def _sprites() -> dict[int, torch.Tensor]:
     return {96: tiles, 48: half}
 
 
-def render(scenes: list[Scene], rng: numpy.random.Generator) -> torch.Tensor:
-    """Draws `scenes` with a jitter of position and size: float32 images in [-1, 1] of shape (scene, 3, 64, 64)."""
+def render(scenes: list[Scene], rng: numpy.random.Generator, jitter: float = 1.0) -> torch.Tensor:
+    """Draws `scenes`: float32 images in [-1, 1] of shape (scene, 3, 64, 64).
+
+    Position and size vary, by 2 pixels (6 if distant) and 5% at most, times `jitter`.
+    """
     backgrounds = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32) / 255
     canvas = backgrounds[:, :, None, None].expand(-1, -1, SIZE, SIZE).clone()
     placements = []
     for row, scene in enumerate(scenes):
-        edge = _EDGES[scene.viewpoint if scene.viewpoint != "plain" else scene.count] * (1 + 0.05 * rng.uniform(-1, 1))
-        reach = 6 if scene.viewpoint == "distant" else 2
+        edge = _EDGES[scene.viewpoint if scene.viewpoint != "plain" else scene.count]
+        edge *= 1 + 0.05 * jitter * rng.uniform(-1, 1)
+        reach = jitter * (6 if scene.viewpoint == "distant" else 2)
         shift = rng.uniform(-reach, reach, 2)
         for x, y in _CENTRES[scene.count]:
             placements.append((row, edge, x + shift[0], y + shift[1]))
@@ -235,7 +239,9 @@ def _paste(canvas: torch.Tensor, scenes: list[Scene], placements: list, sprites:
     canvas.mul_(transparency.clamp_(0, 1)).add_(colour).clamp_(0, 1)
 
 
-def batch(rng: numpy.random.Generator, n: int, split: str = "train") -> tuple[torch.Tensor, list[Caption]]:
+def batch(
+    rng: numpy.random.Generator, n: int, split: str = "train", jitter: float = 1.0
+) -> tuple[torch.Tensor, list[Caption]]:
     """`n` rendered scenes and their captions."""
     captions = [sample(rng, split) for _ in range(n)]
-    return render([caption.scene for caption in captions], rng), captions
+    return render([caption.scene for caption in captions], rng, jitter), captions

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from benchmarks.emoji.train_unet import SMALLEST_VARIANCE, Whitening, build
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Text states of which a few directions hold nearly all variance, as those of a text encoder do."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(1, -0.5, 192)
+    basis = torch.linalg.qr(torch.randn(192, 192, generator=generator)).Q
+    return torch.randn(4000, 192, generator=generator) * spread @ basis + 3 * basis[0]
+
+
+def test_whitening_centres_and_divides_variances_by_themselves_and_a_small_part_of_their_sum(states):
+    before = torch.linalg.eigvalsh(torch.cov(states.T).double())
+    whitened = Whitening(states)(states)
+    after = torch.linalg.eigvalsh(torch.cov(whitened.T).double())
+    assert whitened.mean(0).abs().max() < 1e-4
+    expected = before / (before + SMALLEST_VARIANCE * before.sum())
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-3)
+    assert before[-1] / before[96] > 10
+    assert after[-1] / after[96] < 1.5
+
+
+@torch.no_grad()
+def test_the_denoiser_predicts_the_same_from_whitened_states_and_after_folding_from_plain_ones(states):
+    torch.manual_seed(0)
+    unet, whitening = build().eval(), Whitening(states)
+    plain = states[: 2 * 32].unflatten(0, (2, 32))
+    latents = torch.randn(2, 4, 16, 16)
+    expected = unet(latents, 500, plain).sample
+    unfolded = whitening.unfold(unet)
+    torch.testing.assert_close(unfolded(latents, 500, whitening(plain)).sample, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whitening.fold(unfolded)(latents, 500, plain).sample, expected, atol=1e-5, rtol=1e-4)
+    # the two read their states differently, so that nothing of this is trivial
+    assert (unfolded(latents, 500, plain).sample - expected).abs().max() > 1e-3
