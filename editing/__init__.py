@@ -1,5 +1,6 @@
 """Closed-form edits of text-to-image models."""
 
+from editing.ablation import cad_amplify, cad_erase
 from editing.concepts import Prompt
 from editing.crossattention import cross_attention_edit
 from editing.edit import Edit, load
@@ -12,16 +13,20 @@ from editing.quickfix import quickfix
 from editing.regularization import Relative
 from editing.scores import summarize_evaluation
 from editing.suites import Suite, Trial
-from editing.updates import LowRank
+from editing.updates import LowRank, Mixed, Sparse
 
 __all__ = [
     "Edit",
     "Fitter",
     "LowRank",
+    "Mixed",
     "Prompt",
     "Relative",
+    "Sparse",
     "Suite",
     "Trial",
+    "cad_amplify",
+    "cad_erase",
     "cross_attention_edit",
     "emoji_suite",
     "evaluate",

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from editing.parameters import locate, mismatch, sha256
+from mediation.parameters import locate, mismatch, sha256
 
 
 class Update(Protocol):

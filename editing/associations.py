@@ -61,7 +61,7 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
 def outcome(network: str, known: Associations, update: LowRank) -> dict[str, list[dict]]:
     """For a report: residuals of what is edited and interference with what is preserved, by the update as stored."""
     changes = update.times(known.keys)
-    found: dict[str, list[dict]] = {"residuals": [], "interference": []}
+    found: dict[str, list[dict]] = {"residual": [], "interference": []}
     for goal, rows in known.pairs.goals:
         wanted = torch.linalg.vector_norm(known.values[rows]).clamp(min=torch.finfo(torch.float64).tiny)
         entry = {"network": network, "n_keys": rows.stop - rows.start}
@@ -69,7 +69,7 @@ def outcome(network: str, known: Associations, update: LowRank) -> dict[str, lis
             residuals = known.residuals[rows]
             before, after = (torch.linalg.vector_norm(r) / wanted for r in (residuals, residuals - changes[rows]))
             names = {"source": goal.source, "target": goal.target}
-            found["residuals"].append(names | entry | {"before": float(before), "after": float(after)})
+            found["residual"].append(names | entry | {"before": float(before), "after": float(after)})
         else:
             moved = float(torch.linalg.vector_norm(changes[rows]) / wanted)
             kind = "prompt" if goal.is_prompt else "concept"

@@ -13,6 +13,7 @@ import xarray
 
 import editing
 import mediation
+from editing.updates import describe_extent
 from mediation.commands import add_command, new_app
 
 app = new_app()
@@ -26,6 +27,9 @@ _Preserve = Annotated[list[str], typer.Option(help="A concept that keeps its mea
 _Prompts = Annotated[list[str], typer.Option(help="A whole prompt that keeps its meaning, likewise.")]
 _Templates = Annotated[list[str], typer.Option(help='A text with one "{}" that concepts are put through, likewise.')]
 _Lambda = Annotated[str | None, typer.Option(help='A number, "auto", or "relative:0.1" in units of the keys.')]
+_Attribution = Annotated[pathlib.Path, typer.Argument(help="Scores that `mediation attribute` wrote.")]
+_Ratio = Annotated[float, typer.Option(help="Share of the weights; at least one of each group is taken.")]
+_Per = Annotated[str, typer.Option(help="Group that the share is of: row, matrix or model.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -91,6 +95,34 @@ def cross_attention(
 
 
 @_command
+def erase(
+    attribution: _Attribution,
+    output: _Output = pathlib.Path("edit.safetensors"),
+    ratio: _Ratio = 0.001,
+    per: _Per = "row",
+) -> None:
+    """Set the weights to 0 that contribute most to a concept (CAD-Erase).
+
+    Example: editing erase ink-scores.safetensors --ratio 0.002 --per matrix --output no-ink.safetensors
+    """
+    _finish(editing.cad_erase(mediation.Attribution.load(attribution), ratio=ratio, per=per), output)
+
+
+@_command
+def amplify(
+    attribution: _Attribution,
+    output: _Output = pathlib.Path("edit.safetensors"),
+    ratio: _Ratio = 0.001,
+    per: _Per = "row",
+) -> None:
+    """Set the weights to 0 that hinder a concept most (CAD-Amplify).
+
+    Example: editing amplify more-ink-scores.safetensors --output more-ink.safetensors
+    """
+    _finish(editing.cad_amplify(mediation.Attribution.load(attribution), ratio=ratio, per=per), output)
+
+
+@_command
 def show(edit: _Edit, as_json: _Json = False) -> None:
     """Tell what an edit file contains: how it was made, what it changes, and how well by its own measure.
 
@@ -107,7 +139,7 @@ def show(edit: _Edit, as_json: _Json = False) -> None:
     for name, measures in loaded.report["parameters"].items():
         relative = measures["relative_norm"]
         share = "" if relative is None else f", {relative:.2%} of the weight"
-        typer.echo(f"  changes {name}: rank {measures['rank']}, norm {measures['norm']:.4g}{share}")
+        typer.echo(f"  changes {name}: {describe_extent(measures)}, norm {measures['norm']:.4g}{share}")
     _print_outcome(loaded)
 
 
@@ -175,7 +207,7 @@ def evaluate(
     summary = editing.summarize_evaluation(report)
     output.mkdir(parents=True, exist_ok=True)
     trials.save(output / "suite.csv")
-    report.drop_vars("images").to_netcdf(output / "report.nc", engine="scipy")
+    report.drop_vars(["images", "latents"]).to_netcdf(output / "report.nc", engine="scipy")
     summary.to_netcdf(output / "summary.nc", engine="scipy")
     _save(editing.plot_sheet(report), output / "sheet.png")
     if "is_source" in report:
@@ -219,12 +251,16 @@ def _scaled(edit: editing.Edit, scale: float) -> editing.Edit:
 
 def _finish(edit: editing.Edit, output: pathlib.Path) -> None:
     edit.save(output)
-    typer.echo(f"{edit!r} in {sum(edit.report['milliseconds'].values()):.0f} ms, saved in {output}")
+    typer.echo(f"{edit!r} in {1000 * edit.report['seconds']:.0f} ms, saved in {output}")
     _print_outcome(edit)
 
 
 def _print_outcome(edit: editing.Edit) -> None:
-    for entry in edit.report.get("residuals", ()):
+    if objective := edit.report.get("objective"):
+        share = f"{edit.report['n_changed']:,} of {edit.report['n_weights']:,} weights"
+        before, predicted = (f"{objective[when]:.4g}" for when in ("before", "predicted"))
+        typer.echo(f"  {share} set to 0: objective {before} before, {predicted} predicted after")
+    for entry in edit.report.get("residual", ()):
         pair = f"{entry['source']} -> {entry['target'] or 'nothing'}"
         typer.echo(f"  {entry['network']}, {pair}: residual {entry['before']:.2f} before, {entry['after']:.2f} after")
     for entry in edit.report.get("interference", ()):

@@ -1,4 +1,4 @@
-"""Milliseconds by stage, for reports."""
+"""Time by stage, for reports."""
 
 import time
 
@@ -16,6 +16,11 @@ class Clock:
     def __init__(self):
         self.milliseconds: dict[str, float] = {}
         self._last = time.perf_counter()
+
+    @property
+    def report(self) -> dict:
+        """What reports say: milliseconds by stage, and seconds in all."""
+        return {"milliseconds": self.milliseconds, "seconds": sum(self.milliseconds.values()) / 1000}
 
     def lap(self, stage: str) -> None:
         """Counts the time since the last lap towards `stage`."""

@@ -16,12 +16,12 @@ from editing.clock import Clock
 from editing.concepts import Prompt, Request
 from editing.edit import Edit, measure
 from editing.pairing import TokenPairs, pair_tokens
-from editing.parameters import fingerprint
-from editing.provenance import provenance
 from editing.regularization import Regularization, checked_lambda, choose_lambda, describe_lambda
 from editing.solvers import dual_keys, narrowed
 from editing.updates import LowRank
+from mediation.parameters import fingerprint
 from mediation.pipelines import family_of
+from mediation.provenance import provenance
 from mediation.sites import Site, resolve, sites
 
 _CHUNK = 64  # prompts per run of the text encoders
@@ -131,7 +131,7 @@ def cross_attention_edit(
         "base": base,
         **provenance(pipe),
     }
-    return Edit(updates, report | {"milliseconds": clock.milliseconds}, metadata)
+    return Edit(updates, report | clock.report, metadata)
 
 
 def _cross_attentions(pipe: DiffusionPipeline, layers: Sequence[int | Site | str] | None) -> list[Site]:

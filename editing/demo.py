@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import textwrap
 import time
 from typing import Annotated
 
@@ -40,7 +41,6 @@ _TEMPLATES = (
     "two things in {} style",
 )
 _IMAGE_STEPS = 25
-_OUTPUT = pathlib.Path("mediation-demo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,7 @@ def demo(
     # The maps show the style at work in every token behind the subject, so those are what is edited.
     edit = editing.quickfix(pipe, {_SOURCE: _TARGET}, templates=_TEMPLATES, tokens="from_subject")
     edit.save(output / f"{_SOURCE}_to_{_TARGET}.safetensors")
-    milliseconds = sum(edit.report["milliseconds"].values())
-    print(f"\nedit {_SOURCE} -> {_TARGET}: {milliseconds:.0f} ms from prompts to factors")
+    print(f"\nedit {_SOURCE} -> {_TARGET}: {1000 * edit.report['seconds']:.0f} ms from prompts to factors")
     pictures = [*_TARGETS, *_BYSTANDERS]
     before = _sample(pipe, pictures, guidance_scale, "before")
     with edit.applied(pipe):
@@ -129,6 +128,8 @@ def _trace(pipe: DiffusionPipeline, attribute: str, cases: list[mediation.Case],
                 row = row.isel(token=int(numpy.nanargmax(row["mean"])))
                 label = f" at {row.token.item()}"
             print(f"    {name}{label}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n={row['n']:d} cases")
+    chance = 2.0 ** (1 - len(cases))  # that all cases have the same sign
+    print(f"  Intervals over {len(cases)} cases are a first look: without any effect, {chance:.0%} or more exclude 0.")
     return denoiser, text
 
 
@@ -160,17 +161,8 @@ def _draw_pictures(before: torch.Tensor, after: torch.Tensor) -> Figure:
                 ax.set_yticks([])
                 if column == 0:
                     ax.set_ylabel(label)
-            axes[1, column].set_xlabel("\n".join(_wrap(picture.prompt)), fontsize=7)
+            axes[1, column].set_xlabel(textwrap.fill(picture.prompt, 22), fontsize=7)
     return figure
-
-
-def _wrap(text: str, width: int = 22) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:

@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
+import torch
 from diffusers import DiffusionPipeline
 
-from editing import applying, files, lora
-from editing.parameters import canonical, native
-from editing.updates import LowRank
+from editing import applying, lora
+from editing.updates import LowRank, Update, assemble, describe_extent, merged_extent
+from mediation import tensorfiles
+from mediation.parameters import canonical, native
+
+_FORMAT = "editing.Edit/1"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +25,7 @@ class Edit:
     Attributes:
         updates: parameter name, as "text_encoder.encoder.layers.0.self_attn.out_proj.weight", -> its change.
         report: what the edit achieves by its own measure: residual of each pair before and after, interference with
-            what is preserved, rank and norms of each parameter's change, milliseconds by stage.
+            what is preserved, size and norms of each parameter's change, milliseconds by stage, and seconds in all.
         metadata: what is needed to make it again, and fingerprints of the weights that it was made for ("base").
 
     Example:
@@ -32,7 +36,7 @@ class Edit:
         ...     image = pipe("a cat in the style of ink", num_inference_steps=2).images[0]
     """
 
-    updates: Mapping[str, LowRank]
+    updates: Mapping[str, Update]
     report: Mapping
     metadata: Mapping
 
@@ -48,9 +52,9 @@ class Edit:
         return Edit, (dict(self.updates), dict(self.report), dict(self.metadata))
 
     def __repr__(self) -> str:
-        rank = max((update.rank for update in self.updates.values()), default=0)
+        extent = describe_extent(merged_extent(update.extent for update in self.updates.values()))
         plural = "" if len(self.updates) == 1 else "s"
-        return f"<Edit by {self.metadata['method']}: {len(self.updates)} parameter{plural}, rank {rank}>"
+        return f"<Edit by {self.metadata['method']}: {len(self.updates)} parameter{plural}, {extent}>"
 
     def apply(self, pipe: DiffusionPipeline, *, force: bool = False) -> None:
         """Adds the change to the pipeline's weights, in place.
@@ -144,7 +148,7 @@ class Edit:
         """The nearest edit of at most this rank in every parameter; its report tells what is lost.
 
         Raises:
-            ValueError: if `rank` is not positive.
+            ValueError: if `rank` is not positive, or a change has no low-rank factors.
 
         Example:
             >>> import editing, mediation
@@ -154,6 +158,9 @@ class Edit:
         """
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
+        for name, update in self.updates.items():
+            if not isinstance(update, LowRank):
+                raise ValueError(f"the change of {name} has no low-rank factors, and is of nearly full rank")
         base = self.metadata["base"]
         updates = {name: update.compressed(rank) for name, update in self.updates.items()}
         parameters = measure(updates, base)
@@ -183,7 +190,9 @@ class Edit:
         return {key: value for key, value in self.metadata.items() if key != "base"}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the edit to one safetensors file: its factors, and everything else as JSON in the header.
+        """Writes the edit to one safetensors file, with everything but its changes as JSON in the header.
+
+        A low-rank change is kept as its factors, one of single weights as their indices and values.
 
         Args:
             path: ends in ".safetensors".
@@ -200,12 +209,12 @@ class Edit:
             {'ink': 'noto'}
         """
         tensors = {
-            f"{canonical(name)}.{factor}": getattr(update, factor)
+            f"{canonical(name)}.{part}": tensor
             for name, update in self.updates.items()
-            for factor in ("up", "down")
+            for part, tensor in update.tensors.items()
         }
         header = {"metadata": dict(self.metadata), "report": dict(self.report)}
-        files.write(path, tensors, _renamed(header, canonical))
+        tensorfiles.write(path, tensors, _renamed(header, canonical), _FORMAT)
 
     def export_lora(self, path: str | os.PathLike, *, format: str = "diffusers") -> None:
         """Writes the change to one LoRA file, exactly: loaded at scale 1, it does what the edit does.
@@ -248,18 +257,23 @@ def load(path: str | os.PathLike) -> Edit:
         >>> with edit.applied(pipe):
         ...     image = pipe("a cat in the style of ink", num_inference_steps=2).images[0]
     """
-    tensors, header = files.read(path)
-    local = {name: native(name, record["network"]) for name, record in header["metadata"]["base"].items()}
-    updates = {local[name]: LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in local}
+    tensors, header = tensorfiles.read(path, _FORMAT)
+    base = header["metadata"]["base"]
+    local = {name: native(name, record["network"]) for name, record in base.items()}
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in local}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        parts[name][part] = tensor
+    updates = {local[name]: assemble(base[name]["shape"], found) for name, found in parts.items()}
     return Edit(updates, **_renamed(header, local.__getitem__))
 
 
-def measure(updates: Mapping[str, LowRank], base: Mapping[str, Mapping]) -> dict[str, dict]:
-    """Rank and Frobenius norm of every update, and the norm relative to the weight that it changes."""
+def measure(updates: Mapping[str, Update], base: Mapping[str, Mapping]) -> dict[str, dict]:
+    """Rank or number of changed weights of every update, its Frobenius norm, and that relative to the parameter's."""
     measures = {}
     for name, update in updates.items():
         norm, whole = update.norm(), base[name]["norm"]
-        measures[name] = {"rank": update.rank, "norm": norm, "relative_norm": norm / whole if whole else None}
+        measures[name] = update.extent | {"norm": norm, "relative_norm": norm / whole if whole else None}
     return measures
 
 

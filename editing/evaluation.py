@@ -12,12 +12,12 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from editing.edit import Edit
-from editing.provenance import provenance
 from editing.suites import Suite, Trial
 from mediation import bundled
 from mediation.cases import Case
 from mediation.metrics import ClassProbability, CLIPScore
 from mediation.pipelines import family_of, quiet
+from mediation.provenance import provenance
 
 UNEDITED = "unedited"
 
@@ -34,6 +34,7 @@ def evaluate(
     guidance_scale: float = 7.5,
     batch_size: int = 8,
     keep_images: bool = False,
+    unedited: xarray.Dataset | None = None,
     progress: bool = True,
 ) -> xarray.Dataset:
     """Draws a suite with the plain and with the edited pipeline, and judges every picture.
@@ -50,7 +51,9 @@ def evaluate(
         num_inference_steps: of the pipeline's scheduler.
         guidance_scale: of classifier-free guidance.
         batch_size: pictures drawn together; it changes them in their last digits.
-        keep_images: keeps the pictures in the result, for `plot_sheet`.
+        keep_images: keeps pictures and final latents in the result, for `plot_sheet` and for `unedited`.
+        unedited: an earlier result with images for the same pipeline, suite, seeds and sampling; its unedited pictures
+            are taken over, with all that was said of them, and not drawn again.
         progress: shows a progress bar in interactive runs.
 
     Returns:
@@ -60,12 +63,13 @@ def evaluate(
           and the one which it should have with the edit; NaN where nothing is classified or no target named;
         - source_score and target_score: CLIPScore with the prompt, and with the target prompt;
         - latent_distance: root mean square distance of the final latents from the unedited model's;
-        - images, (…, y, x, channel), 8 bits, if kept.
+        - images, (…, y, x, channel), 8 bits, and latents, (…, latent_channel, latent_y, latent_x), if kept.
 
         What has no classifier or scorer is left out. `summarize_evaluation` has intervals.
 
     Raises:
-        ValueError: if a trial's factor has no classifier, or a classifier does not know its labels, or names clash.
+        ValueError: if a trial's factor has no classifier, or a classifier does not know its labels, or names clash, or
+            `unedited` was made for something else.
 
     Example:
         >>> import editing, mediation
@@ -90,11 +94,15 @@ def evaluate(
     noise_seeds = [[_noise_seed(seed, place) for seed in seeds] for place in range(len(trials))]
     jobs = [(trial, noise_seed) for trial, row in zip(trials, noise_seeds, strict=True) for noise_seed in row]
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    coords, attrs = _coords(trials) | {"seed": seeds}, _attrs(edits, sampling, pipe)
 
     columns: dict[str, list] = {}
-    bar = tqdm(total=len(jobs) * (1 + len(edits)), desc="pictures", disable=None if progress else True)
-    with bar:
-        for model in (UNEDITED, *edits):
+    if unedited is not None:
+        names = ["latents", *judge.names, *(["images"] if keep_images else [])]
+        columns = {name: [values] for name, values in _taken_over(unedited, names, coords, attrs).items()}
+    models = list(edits) if columns else [UNEDITED, *edits]
+    with tqdm(total=len(jobs) * len(models), desc="pictures", disable=None if progress else True) as bar:
+        for model in models:
             found: dict[str, list] = {}
             with edits[model].applied(pipe) if model in edits else contextlib.nullcontext():
                 for chunk, latents, images in _draw(pipe, jobs, batch_size, sampling):
@@ -107,10 +115,12 @@ def evaluate(
                     bar.update(len(chunk))
             for name, values in found.items():
                 columns.setdefault(name, []).append(numpy.concatenate(values))
-    plain, *_ = latents = columns.pop("latents")
-    distances = [numpy.sqrt(numpy.square(x - plain).reshape(len(x), -1).mean(1)) for x in latents]
-    report = _dataset(columns | {"latent_distance": distances}, trials, seeds, edits, sampling, pipe)
-    return report.assign_coords(noise_seed=(("trial", "seed"), noise_seeds))
+    plain, *_ = latents = columns["latents"]
+    columns["latent_distance"] = [numpy.sqrt(numpy.square(x - plain).reshape(len(x), -1).mean(1)) for x in latents]
+    if not keep_images:
+        del columns["latents"]
+    coords |= {"model": [UNEDITED, *edits], "noise_seed": (("trial", "seed"), noise_seeds)}
+    return _dataset(columns, coords, attrs)
 
 
 def _noise_seed(seed: int, place: int) -> int:
@@ -154,6 +164,12 @@ class _Judge:
                 if label not in known:
                     raise ValueError(f"the classifier of {trial.factor} has no label {label!r}; it knows {known}")
 
+    @property
+    def names(self) -> list[str]:
+        """What is said of every picture."""
+        labels = ["label", "is_source", "is_target"] if self.classifiers is not None else []
+        return labels + (["source_score", "target_score"] if self.scorer is not None else [])
+
     def __call__(self, images: torch.Tensor, trials: Sequence[Trial]) -> dict[str, numpy.ndarray]:
         found = {}
         if self.classifiers is not None:
@@ -183,29 +199,48 @@ class _Judge:
         return seen
 
 
-def _dataset(
-    columns: Mapping[str, list[numpy.ndarray]],
-    trials: Sequence[Trial],
-    seeds: Sequence[int],
-    edits: Mapping[str, Edit],
-    sampling: Mapping,
-    pipe: DiffusionPipeline,
-) -> xarray.Dataset:
-    dims = ("trial", "seed", "model")
-    variables = {}
-    for name, by_model in columns.items():
-        values = numpy.stack([x.reshape(len(trials), len(seeds), *x.shape[1:]) for x in by_model], axis=2)
-        variables[name] = (dims + ("y", "x", "channel")[: values.ndim - 3], values)
+def _taken_over(report: xarray.Dataset, names: Sequence[str], coords: Mapping, attrs: Mapping) -> dict:
+    """What an earlier report has of the unedited pictures, one value per picture; it must be of the same ones."""
+    if missing := [name for name in names if name not in report]:
+        raise ValueError(f"`unedited` has no {', '.join(missing)}: make it with keep_images, and the same judges")
+    wanted = {name: values[1] if isinstance(values, tuple) else values for name, values in coords.items()}
+    different = [name for name, values in wanted.items() if report[name].values.tolist() != values]
+    different += [name for name, value in attrs.items() if name != "edits" and report.attrs.get(name) != value]
+    if different:
+        raise ValueError(f"`unedited` is of other pictures: it differs in {', '.join(different)}")
+    dtypes = {"label": str, "images": numpy.uint8}
+    plain = report.sel(model=UNEDITED).transpose("trial", "seed", ...)
+    columns = {name: plain[name].values for name in names}
+    return {
+        name: values.reshape(-1, *values.shape[2:]).astype(dtypes.get(name, values.dtype))
+        for name, values in columns.items()
+    }
+
+
+def _coords(trials: Sequence[Trial]) -> dict[str, tuple]:
     fields = [field.name for field in dataclasses.fields(Trial)]
-    coords = {field: ("trial", [getattr(trial, field) for trial in trials]) for field in fields}
+    return {field: ("trial", [getattr(trial, field) for trial in trials]) for field in fields}
+
+
+def _attrs(edits: Mapping[str, Edit], sampling: Mapping, pipe: DiffusionPipeline) -> dict:
     origins = {
         name: {key: value for key, value in edit.metadata.items() if key != "base"} for name, edit in edits.items()
     }
-    attrs = {
+    return {
         **sampling,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "edits": json.dumps(origins, ensure_ascii=False),
         "provenance": json.dumps(provenance(pipe)),
     }
-    return xarray.Dataset(variables, coords | {"seed": list(seeds), "model": [UNEDITED, *edits]}, attrs)
+
+
+def _dataset(columns: Mapping[str, list[numpy.ndarray]], coords: Mapping, attrs: Mapping) -> xarray.Dataset:
+    """Labels what was found of every picture, given as an array for each model."""
+    dims, shape = ("trial", "seed", "model"), numpy.shape(coords["noise_seed"][1])
+    inner = {"images": ("y", "x", "channel"), "latents": ("latent_channel", "latent_y", "latent_x")}
+    variables = {}
+    for name, by_model in columns.items():
+        values = numpy.stack([x.reshape(*shape, *x.shape[1:]) for x in by_model], axis=2)
+        variables[name] = (dims + inner.get(name, ()), values)
+    return xarray.Dataset(variables, coords, attrs)

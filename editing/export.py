@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline
 
 from editing import lora
 from editing.edit import Edit, measure
-from editing.parameters import fingerprint
-from editing.provenance import provenance
+from mediation.parameters import fingerprint
+from mediation.provenance import provenance
 
 EDIT_FILE = "edit.safetensors"
 

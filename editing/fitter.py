@@ -5,18 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 
-from editing import files
 from editing.associations import associate, projection, text_sites
 from editing.clock import Clock
 from editing.concepts import Prompt, Request, checked_templates
 from editing.edit import Edit, measure
 from editing.pairing import pair_tokens
-from editing.parameters import fingerprint, mismatch
-from editing.provenance import provenance
 from editing.regularization import Relative, describe_lambda
 from editing.solvers import Statistics, check_regularization
 from editing.updates import LowRank
+from mediation import tensorfiles
+from mediation.parameters import fingerprint, mismatch
 from mediation.pipelines import tokenizers_of
+from mediation.provenance import provenance
 from mediation.sites import Site
 
 _FORMAT = "editing.Fitter/1"
@@ -134,7 +134,7 @@ class Fitter:
             "base": base,
             **provenance(self._pipe),
         }
-        report |= {"parameters": measure(updates, base), "milliseconds": clock.milliseconds}
+        report |= {"parameters": measure(updates, base)} | clock.report
         return Edit(updates, report, metadata)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -157,7 +157,7 @@ class Fitter:
             "base": self._base,
             "sums": sums,
         }
-        files.write(path, tensors, header, _FORMAT)
+        tensorfiles.write(path, tensors, header, _FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike, pipe: DiffusionPipeline) -> "Fitter":
@@ -167,7 +167,7 @@ class Fitter:
             FileNotFoundError: if there is no such file.
             ValueError: if it is no such file, or is damaged, or the pipeline has other weights.
         """
-        tensors, header = files.read(path, _FORMAT)
+        tensors, header = tensorfiles.read(path, _FORMAT)
         stored = header["request"]
         prompts = [Prompt(text, weight) for text, weight in stored.pop("preserve_prompts").items()]
         request = Request.of(**stored | {"preserve": [*stored["preserve"], *prompts]})

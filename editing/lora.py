@@ -13,12 +13,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from editing import files
-from editing.parameters import canonical
-from editing.provenance import pipeline_class
 from editing.updates import LowRank
+from mediation import tensorfiles
 from mediation.families import FAMILIES
+from mediation.parameters import canonical
 from mediation.pipelines import family_of
+from mediation.provenance import pipeline_class
 
 FORMATS = ("diffusers", "kohya")
 # (down, up); diffusers does not recognise PEFT's names in a file that changes nothing but MLPs of a text encoder
@@ -35,7 +35,7 @@ def write(path: str | os.PathLike, updates: Mapping[str, LowRank], metadata: Map
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    path = files.checked_path(path)
+    path = tensorfiles.checked_path(path)
     for name, update in updates.items():
         if not isinstance(update, LowRank):
             raise ValueError(f"the change of {name} has no low-rank factors: use editing.export_pipeline instead")
@@ -62,7 +62,7 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
         FileNotFoundError: if there is no such file.
         ValueError: if it is no LoRA file, or changes what the pipeline has not, or something else than matrices.
     """
-    tensors, header = files.read_tensors(path)
+    tensors, header = tensorfiles.read_tensors(path)
     names = dict(_known_stems(pipe))
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editing.concepts import Goal, Request, split
 from mediation.cases import Segment, align, group_positions, segments
-from mediation.pipelines import tokenizers_of
+from mediation.pipelines import expansion, tokenizers_of
 
 TOKENS = ("last_subject", "subject", "from_subject", "all")
 
@@ -58,7 +57,7 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
         raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
     tokenizer = tokenizers_of(pipe)[network]
     request.check_distinct(lambda concept: tuple(tokenizer(concept, verbose=False)["input_ids"]))
-    expand = _expansion(pipe, tokenizer)
+    expand = expansion(pipe, tokenizer)
     templates = [tuple(map(expand, split(template))) for template in request.templates]
     prompts: dict[str, int] = {}  # to their index
 
@@ -150,9 +149,3 @@ def _check_prompts(tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs) -> Non
                     f"the prompt {goal.source!r} cannot be preserved: up to {words!r} it is read as {why!r} is, whose"
                     " token there is edited"
                 )
-
-
-def _expansion(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """How the pipeline spells out textual-inversion tokens that stand for several vectors."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return (lambda text: convert(text, tokenizer)) if convert else (lambda text: text)

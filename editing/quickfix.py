@@ -9,12 +9,12 @@ from editing.clock import Clock
 from editing.concepts import Prompt, Request
 from editing.edit import Edit, measure
 from editing.pairing import pair_tokens
-from editing.parameters import fingerprint
-from editing.provenance import provenance
 from editing.regularization import Regularization, checked_lambda, choose_lambda, describe_lambda
 from editing.solvers import ridge
 from editing.updates import LowRank
+from mediation.parameters import fingerprint
 from mediation.pipelines import family_of
+from mediation.provenance import provenance
 from mediation.sites import Site
 
 
@@ -76,7 +76,7 @@ def quickfix(
         >>> edit = quickfix(pipe, {"ink": "noto"}, preserve=["cat"])
         >>> edit
         <Edit by quickfix: 1 parameter, rank 4>
-        >>> before, after = (edit.report["residuals"][0][when] for when in ("before", "after"))
+        >>> before, after = (edit.report["residual"][0][when] for when in ("before", "after"))
         >>> after < before
         True
     """
@@ -89,7 +89,7 @@ def quickfix(
     found = [pair_tokens(pipe, site.network, request, tokens) for site in chosen]
     clock.lap("tokens")
 
-    updates, base, report = {}, {}, {"residuals": [], "interference": [], "regularization": {}}
+    updates, base, report = {}, {}, {"residual": [], "interference": [], "regularization": {}}
     for site, token_pairs in zip(chosen, found, strict=True):
         known = associate(pipe, site, token_pairs)
         clock.lap("keys")
@@ -101,7 +101,7 @@ def quickfix(
         for kind, entries in outcome(site.network, known, update).items():
             report[kind] += entries
         clock.lap("report")
-    report |= {"parameters": measure(updates, base), "milliseconds": clock.milliseconds}
+    report |= {"parameters": measure(updates, base)} | clock.report
     metadata = {
         "method": "quickfix",
         **request.describe(),

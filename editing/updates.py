@@ -1,6 +1,8 @@
 """What an edit does to one parameter, as a value."""
 
 import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -44,6 +46,16 @@ class LowRank:
         """Number of columns of the factors: the rank of the change is at most this."""
         return self.down.shape[0]
 
+    @property
+    def extent(self) -> dict[str, int]:
+        """How much of the parameter this changes, for reports."""
+        return {"rank": self.rank}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds of this."""
+        return {"up": self.up, "down": self.down}
+
     def dense(self) -> torch.Tensor:
         """The change itself, (d_out, d_in), float64."""
         return self.up.double() @ self.down.double()
@@ -76,6 +88,180 @@ class LowRank:
         """Both changes at once, of the sum of their ranks."""
         if not isinstance(other, LowRank):
             return NotImplemented
-        if self.shape != other.shape:
-            raise ValueError(f"cannot add changes of shapes {self.shape} and {other.shape}")
+        _check_same_shape(self, other)
         return LowRank(torch.cat([self.up, other.up], dim=1), torch.cat([self.down, other.down]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sparse:
+    """The change of single weights of a parameter of any shape.
+
+    Attributes:
+        shape: of the parameter.
+        indices: (change,), ascending positions in the flattened parameter, int64 on the CPU.
+        values: (change,), what is added there, float32 on the CPU.
+
+    Raises:
+        ValueError: if indices are out of order or range, or there is not one finite value for each.
+
+    Example:
+        >>> Sparse((2, 2), torch.tensor([1, 2]), torch.tensor([5.0, -1.0])).dense().tolist()
+        [[0.0, 5.0], [-1.0, 0.0]]
+    """
+
+    shape: tuple[int, ...]
+    indices: torch.Tensor
+    values: torch.Tensor
+
+    def __post_init__(self):
+        shape = tuple(int(size) for size in self.shape)
+        indices = self.indices.detach().to("cpu", torch.int64).contiguous()
+        values = self.values.detach().to("cpu", torch.float32).contiguous()
+        if indices.ndim != 1 or indices.shape != values.shape:
+            shapes = f"{tuple(indices.shape)} and {tuple(values.shape)}"
+            raise ValueError(f"expected indices and values (change,), one value for each index, got {shapes}")
+        if len(indices) and not (indices[0] >= 0 and indices[-1] < math.prod(shape) and (indices.diff() > 0).all()):
+            raise ValueError(f"indices must ascend from 0 to at most {math.prod(shape) - 1}, the last of shape {shape}")
+        if not torch.isfinite(values).all():
+            raise ValueError("the values are not finite")
+        for name, value in (("shape", shape), ("indices", indices), ("values", values)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """How much of the parameter this changes, for reports."""
+        return {"n_changed": len(self.indices)}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds of this."""
+        narrow = torch.int32 if math.prod(self.shape) <= torch.iinfo(torch.int32).max else torch.int64
+        return {"indices": self.indices.to(narrow), "values": self.values}
+
+    def dense(self) -> torch.Tensor:
+        """The change itself, in the parameter's shape, float64."""
+        flat = torch.zeros(math.prod(self.shape), dtype=torch.float64)
+        flat[self.indices] = self.values.double()
+        return flat.view(self.shape)
+
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        return float(torch.linalg.vector_norm(self.values.double()))
+
+    def scaled(self, factor: float) -> "Sparse":
+        """`factor` times the change."""
+        return Sparse(self.shape, self.indices, self.values * factor)
+
+    def __add__(self, other: "Sparse | LowRank") -> "Sparse | Mixed":
+        """Both changes at once; what both change gets the sum."""
+        if isinstance(other, LowRank):
+            return Mixed(other, self)
+        if not isinstance(other, Sparse):
+            return NotImplemented
+        _check_same_shape(self, other)
+        indices, places = torch.cat([self.indices, other.indices]).unique(return_inverse=True)
+        values = torch.zeros(len(indices), dtype=torch.float64)
+        values.index_add_(0, places, torch.cat([self.values, other.values]).double())
+        return Sparse(self.shape, indices, values)
+
+    __radd__ = __add__  # sums commute
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixed:
+    """A low-rank change of a matrix and one of its single weights, at once.
+
+    Example:
+        >>> mixed = LowRank(torch.ones(2, 1), torch.ones(1, 2)) + Sparse((2, 2), torch.tensor([3]), torch.tensor([4.0]))
+        >>> mixed.dense().tolist()
+        [[1.0, 1.0], [1.0, 5.0]]
+    """
+
+    low_rank: LowRank
+    sparse: Sparse
+
+    def __post_init__(self):
+        _check_same_shape(self.low_rank, self.sparse)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the parameter that this changes, (d_out, d_in)."""
+        return self.low_rank.shape
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """How much of the parameter this changes, for reports."""
+        return self.low_rank.extent | self.sparse.extent
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds of this."""
+        return self.low_rank.tensors | self.sparse.tensors
+
+    def dense(self) -> torch.Tensor:
+        """The change itself, (d_out, d_in), float64."""
+        return self.low_rank.dense() + self.sparse.dense()
+
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        return float(torch.linalg.vector_norm(self.dense()))
+
+    def scaled(self, factor: float) -> "Mixed":
+        """`factor` times the change."""
+        return Mixed(self.low_rank.scaled(factor), self.sparse.scaled(factor))
+
+    def __add__(self, other: "Update") -> "Mixed":
+        """Both changes at once."""
+        if isinstance(other, LowRank):
+            return Mixed(self.low_rank + other, self.sparse)
+        if isinstance(other, Sparse):
+            return Mixed(self.low_rank, self.sparse + other)
+        if isinstance(other, Mixed):
+            return Mixed(self.low_rank + other.low_rank, self.sparse + other.sparse)
+        return NotImplemented
+
+    __radd__ = __add__  # sums commute
+
+
+Update = LowRank | Sparse | Mixed
+
+
+def assemble(shape: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> Update:
+    """The update of a parameter of this shape that has these `tensors`.
+
+    Example:
+        >>> assemble((2,), Sparse((2,), torch.tensor([0]), torch.tensor([7.0])).tensors).dense().tolist()
+        [7.0, 0.0]
+    """
+    low_rank = LowRank(tensors["up"], tensors["down"]) if "up" in tensors else None
+    sparse = Sparse(tuple(shape), tensors["indices"], tensors["values"]) if "indices" in tensors else None
+    return Mixed(low_rank, sparse) if low_rank and sparse else low_rank or sparse
+
+
+def merged_extent(extents: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank and the number of all single weights among several parameters' changes."""
+    merged: dict[str, int] = {}
+    for extent in extents:
+        if "rank" in extent:
+            merged["rank"] = max(extent["rank"], merged.get("rank", 0))
+        if "n_changed" in extent:
+            merged["n_changed"] = extent["n_changed"] + merged.get("n_changed", 0)
+    return merged
+
+
+def describe_extent(extent: Mapping[str, int]) -> str:
+    """An extent in words; that of no update at all is of rank 0.
+
+    Example:
+        >>> describe_extent({"rank": 4, "n_changed": 1})
+        'rank 4, 1 weight'
+    """
+    words = [] if "n_changed" in extent and "rank" not in extent else [f"rank {extent.get('rank', 0)}"]
+    if "n_changed" in extent:
+        words.append(f"{extent['n_changed']:,} weight{'' if extent['n_changed'] == 1 else 's'}")
+    return ", ".join(words)
+
+
+def _check_same_shape(a: Update, b: Update) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"cannot add changes of shapes {a.shape} and {b.shape}")

@@ -2,14 +2,19 @@
 
 from mediation.cases import Case, GaussianNoise, ReplaceSubject
 from mediation.comparison import compare, contrast
+from mediation.components import attribute
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
 from mediation.metrics import ClassProbability, CLIPScore, LatentDistance
 from mediation.pipelines import load_pipeline
 from mediation.plots import plot_bars, plot_effects, plot_images
 from mediation.sites import Site, sites
+from mediation.textlayers import find_text_layers
 from mediation.tracing import trace
+from mediation.verification import verification
+from mediation.weightscores import Attribution
 
 __all__ = [
+    "Attribution",
     "CLIPScore",
     "Case",
     "ClassProbability",
@@ -17,8 +22,10 @@ __all__ = [
     "LatentDistance",
     "ReplaceSubject",
     "Site",
+    "attribute",
     "compare",
     "contrast",
+    "find_text_layers",
     "indirect_effect",
     "load_pipeline",
     "plot_bars",
@@ -29,4 +36,5 @@ __all__ = [
     "top_sites",
     "total_effect",
     "trace",
+    "verification",
 ]

@@ -8,10 +8,11 @@ import pathlib
 from typing import Annotated
 
 import matplotlib.pyplot
+import PIL.Image
 import typer
 
 import mediation
-from mediation import casefiles, mapfiles, reports
+from mediation import casefiles, mapfiles, reports, tensorfiles
 from mediation.commands import add_command, new_app
 
 app = new_app()
@@ -66,6 +67,16 @@ def trace(
         str | None, typer.Option(help="Token groups or positions with commas between, as subject,eos; or each.")
     ] = None,
     mode: Annotated[str, typer.Option(help="restore: is a site sufficient? knock_out: is it necessary?")] = "restore",
+    backend: Annotated[
+        str, typer.Option(help="restoration (exact), attribution_patching (estimates, each step) or direct_effect.")
+    ] = "restoration",
+    integrated: Annotated[int, typer.Option(help="Of estimates, points at which the gradient is averaged.")] = 1,
+    screen: Annotated[
+        float | None, typer.Option(help="Estimate everything, and restore this share of places exactly, the best.")
+    ] = None,
+    verify: Annotated[
+        int | None, typer.Option(help="Check estimates: restore this many, the best, and as many at random.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     images: Annotated[bool, typer.Option("--images", help="Keep the image of every run.")] = False,
@@ -88,6 +99,10 @@ def trace(
         sites=None if sites is None else mediation.sites(pipe, name=sites),
         tokens=casefiles.parse_tokens(tokens),
         mode=mode,
+        backend=backend,
+        integrated=integrated,
+        screen=screen,
+        verify=verify,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         images="all" if images else None,
@@ -97,6 +112,54 @@ def trace(
     if output is not None:
         mapfiles.save_map(effects, output)
     typer.echo(reports.as_json(effects) if as_json else reports.describe(effects))
+
+
+@_command
+def attribute(
+    concept: Annotated[str, typer.Argument(help="A prompt, as 'ink style'.")],
+    output: Annotated[pathlib.Path, typer.Option(help="The file of scores to write.")] = pathlib.Path(
+        "scores.safetensors"
+    ),
+    objective: Annotated[str, typer.Option(help="erase or amplify.")] = "erase",
+    base: Annotated[str, typer.Option(help="For erasing, the prompt that stands for its absence.")] = "",
+    model: _Model = None,
+    parameters: Annotated[
+        list[str], typer.Option(help="A glob of sites or parameters; without it, the feed-forwards of the denoiser.")
+    ] = (),
+    image: Annotated[list[pathlib.Path], typer.Option(help="For amplifying, a picture of the concept.")] = (),
+    seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
+    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
+    sums: Annotated[
+        pathlib.Path | None, typer.Option("--map", help="Where sums by site go: a .nc file or .zarr folder.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Score single weights by what they contribute to a concept (CAD).
+
+    Example: mediation attribute "ink style" --parameters "unet.mid.*" --steps 4 --output ink-scores.safetensors
+    """
+    if sums is not None:
+        mapfiles.check_path(sums)
+    tensorfiles.checked_path(output)
+    found = mediation.attribute(
+        mediation.load_pipeline(model),
+        concept,
+        base=base,
+        objective=objective,
+        parameters=list(parameters) or None,
+        images=[PIL.Image.open(path).convert("RGB") for path in image] or None,
+        seeds=list(seed),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+    )
+    found.save(output)
+    effects = found.to_dataset()
+    if sums is not None:
+        mapfiles.save_map(effects, sums)
+    typer.echo(reports.scores_as_json(effects) if as_json else reports.describe_scores(effects))
+    if not as_json:
+        typer.echo(f"{found!r} is in {output}")
 
 
 @_command
@@ -134,4 +197,4 @@ def compare(
 
 
 for _entry in importlib.metadata.entry_points(group="mediation.commands"):
-    app.command(_entry.name)(_entry.load())
+    add_command(app, _entry.load())

@@ -20,6 +20,13 @@ def encode_rows(
     pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention]
 ) -> dict[str, torch.Tensor]:
     """Keyword arguments of the pipeline's call for the clean row, the corrupted row and one row per intervention."""
+    return encode_in_graph(pipe, case, draw, rows)
+
+
+def encode_in_graph(
+    pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention]
+) -> dict[str, torch.Tensor]:
+    """`encode_rows` for those who want gradients."""
     corrupted = [CORRUPTED, *(i for i, row in enumerate(rows, start=N_CONTROLS) if row.sham == CORRUPTED)]
     prompts = [case.prompt] * (N_CONTROLS + len(rows))
     for row in corrupted:

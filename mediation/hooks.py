@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -69,6 +70,46 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> torch.Tensor:
     finally:
         handle.remove()
     raise RuntimeError(f"the run never reached the {type(module).__name__} whose input was asked for")
+
+
+@contextlib.contextmanager
+def recorded_calls(module: nn.Module) -> Iterator[list[Callable[[], object]]]:
+    """Keeps every call of a module, to be made again; of its results, nothing is kept.
+
+    Yields:
+        The calls so far: functions without arguments.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with recorded_calls(layer) as calls:
+        ...     _ = layer(torch.ones(1))
+        >>> calls[0]()
+        tensor([1.])
+    """
+    calls = []
+
+    def record(module, arguments, options):
+        calls.append(functools.partial(module, *arguments, **options))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def watched(tensor: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """The same tensor; its gradient is passed to `receive` on the way back, and the hook goes with the graph.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> (3 * watched(x, print)).sum().backward()
+        tensor([3.])
+    """
+    # A view of its own, since one tensor can leave a module twice, as a block's output and its last skip connection.
+    view = tensor.view_as(tensor)
+    view.register_hook(receive)
+    return view
 
 
 class _Reached(Exception):

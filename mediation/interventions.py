@@ -47,6 +47,37 @@ def restore(rows: torch.Tensor, copies: Iterable[Copy]) -> torch.Tensor:
     return changed
 
 
+def first_order(
+    gradient: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    pairs: tuple[tuple[int, int], ...] | None = None,
+    features: slice = slice(None),
+) -> torch.Tensor:
+    """What `restore` would change of a number, to first order: <gradient, restored − target>.
+
+    Args:
+        gradient: of the number with respect to the target row's activation.
+        source: activation of the row that gives; no row dimension.
+        target: activation of the row that takes.
+        pairs: as of `Copy`.
+        features: as of `Copy`.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Example:
+        >>> first_order(torch.tensor([2.0, 5.0]), torch.tensor([1.0, 1.0]), torch.zeros(2), features=slice(1)).item()
+        2.0
+    """
+    wide = torch.promote_types(target.dtype, torch.float32)
+    if pairs is None:
+        change = source[..., features].to(wide) - target[..., features].to(wide)
+        return (gradient[..., features].to(wide) * change).sum()
+    restored = restore(torch.stack([source, target]), [Copy(0, 1, pairs, features)])[1]
+    return (gradient.to(wide) * (restored.to(wide) - target.to(wide))).sum()
+
+
 def add(
     rows: torch.Tensor,
     chosen: Iterable[int],

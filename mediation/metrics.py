@@ -2,7 +2,8 @@
 
 A metric is called with `images` (row, 3, height, width) in [0, 1], `latents` (row, channel, height, width) and `cases`,
 one per row, and returns one number per row; row 0 is the clean run. Any function of these three works. A metric
-whose attribute `needs_images` is False gets None for images, and nothing is decoded for it.
+whose attribute `needs_images` is False gets None for images, and nothing is decoded for it. Estimates need gradients: a
+function must return a tensor that has them, or the metric a method `score` that does.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from mediation.cases import Case
+from mediation.pipelines import family_of
 
 Metric = Callable[[torch.Tensor | None, torch.Tensor, Sequence[Case]], "numpy.typing.ArrayLike"]
 
@@ -25,8 +27,21 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+class DifferentiableMetric:
+    """A metric that computes its numbers with gradients, and returns them without."""
+
+    def score(self, images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
+        """Scores every row."""
+        return self.score(images, latents, cases).double().cpu().numpy()
+
+
 @dataclasses.dataclass(frozen=True)
-class LatentDistance:
+class LatentDistance(DifferentiableMetric):
     """Minus the root mean square distance of the final latents from the clean run's; the clean run scores 0.
 
     Example:
@@ -37,13 +52,13 @@ class LatentDistance:
     name = "latent_distance"
     needs_images = False
 
-    def __call__(self, images, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
-        """Scores every row."""
+    def score(self, images, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients; at the clean run there is none, the distance being least there."""
         difference = latents.double() - latents[:1].double()
-        return -difference.square().mean((1, 2, 3)).sqrt().cpu().numpy()
+        return -difference.square().mean((1, 2, 3)).sqrt()
 
 
-class CLIPScore:
+class CLIPScore(DifferentiableMetric):
     """Cosine similarity of an image and a text, times `scale` (Hessel et al. 2021, arXiv:2104.08718, without clipping).
 
     Args:
@@ -74,6 +89,7 @@ class CLIPScore:
         scale: float = 100.0,
     ):
         self.model, self.tokenizer, self.text, self.scale = model.eval(), tokenizer, text, scale
+        self.options = {"text": text, "scale": scale}
         self.image_mean = torch.tensor(image_mean)[:, None, None]
         self.image_std = torch.tensor(image_std)[:, None, None]
 
@@ -87,10 +103,9 @@ class CLIPScore:
         model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True).float()
         return cls(model, transformers.CLIPTokenizer.from_pretrained(folder), **options)
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
-        """Scores every row."""
-        texts = [self.text or case.prompt for case in cases]
+    def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients."""
+        texts = [case.prompt if self.text is None else self.text for case in cases]
         distinct = list(dict.fromkeys(texts))
         window = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(distinct, padding=True, truncation=True, max_length=window, return_tensors="pt")
@@ -98,7 +113,7 @@ class CLIPScore:
         output = self.model(**tokens.to(self.model.device), pixel_values=pixels.to(self.model.device, self.model.dtype))
         cosine = F.normalize(output.image_embeds.float(), dim=-1) @ F.normalize(output.text_embeds.float(), dim=-1).T
         chosen = torch.tensor([distinct.index(text) for text in texts], device=cosine.device)
-        return (self.scale * cosine.gather(1, chosen[:, None])[:, 0]).double().cpu().numpy()
+        return self.scale * cosine.gather(1, chosen[:, None])[:, 0]
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         side = self.model.config.vision_config.image_size
@@ -108,7 +123,7 @@ class CLIPScore:
         return (images - self.image_mean) / self.image_std
 
 
-class ClassProbability:
+class ClassProbability(DifferentiableMetric):
     """Probability that a classifier gives to a class.
 
     Args:
@@ -133,6 +148,7 @@ class ClassProbability:
         name: str = "class_probability",
     ):
         self.classifier, self.labels, self.target, self.name = classifier, list(labels), target, name
+        self.options = {"target": target}
         if target is not None and target not in self.labels:
             raise ValueError(f"{target!r} is no label of this classifier; it knows {self.labels}")
 
@@ -147,12 +163,16 @@ class ClassProbability:
             raise ValueError(f"the subject {label!r} is no label of this classifier ({self.labels}): pass target=…")
         return self.labels.index(label)
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
-        """Scores every row."""
-        probabilities = self.classifier(images.float()).double().softmax(-1).cpu()
-        chosen = torch.tensor([self._index(case) for case in cases])
-        return probabilities.gather(1, chosen[:, None])[:, 0].numpy()
+    def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients if the classifier has them."""
+        probabilities = self.classifier(images.float()).double().softmax(-1)
+        chosen = torch.tensor([self._index(case) for case in cases], device=probabilities.device)
+        return probabilities.gather(1, chosen[:, None])[:, 0]
+
+
+def metric_options(metric: Metric) -> dict:
+    """How a metric was set up, for those who want to measure the same again."""
+    return getattr(metric, "options", {})
 
 
 def metric_name(metric: Metric) -> str:
@@ -165,6 +185,38 @@ def default_metric(pipe: DiffusionPipeline) -> Metric:
     from mediation import bundled
 
     return bundled.load_scorer() if bundled.is_bundled(pipe) else LatentDistance()
+
+
+def images_for(pipe: DiffusionPipeline, metrics: Sequence[Metric], latents: torch.Tensor) -> torch.Tensor | None:
+    """Images of final latents, or None if no metric looks at them."""
+    if any(getattr(metric, "needs_images", True) for metric in metrics):
+        return family_of(pipe).decode(pipe, latents)
+    return None
+
+
+def check_differentiable(pipe: DiffusionPipeline, metric: Metric, case: Case) -> None:
+    """Tries a metric on noise.
+
+    Raises:
+        ValueError: if it gives no gradient.
+    """
+    shape = family_of(pipe).latent_shape(pipe)
+    pixels = [side * pipe.vae_scale_factor for side in shape[1:]]
+    noise = torch.Generator().manual_seed(0)
+    latents = torch.randn((2, *shape), generator=noise).to(pipe._execution_device).requires_grad_()
+    images = torch.rand((2, 3, *pixels), generator=noise).to(pipe._execution_device).requires_grad_()
+    with torch.enable_grad():
+        found = score(metric, images if getattr(metric, "needs_images", True) else None, latents, [case] * 2)
+    if not (isinstance(found, torch.Tensor) and found.requires_grad and found.shape == (2,)):
+        raise ValueError(
+            f"the metric {metric_name(metric)!r} gives no gradient, which estimates need: let it return a tensor of one"
+            ' number per row that is computed from its arguments in PyTorch, or choose backend="restoration"'
+        )
+
+
+def score(metric: Metric, images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
+    """A metric's numbers with their gradients, if it has any."""
+    return getattr(metric, "score", metric)(images, latents, cases)
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
@@ -23,7 +23,7 @@ def load_pipeline(name: str | pathlib.Path | None = None, **options) -> Diffusio
         The pipeline, loaded from safetensors files only, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: if the pipeline belongs to no supported family.
+        ValueError: if the pipeline belongs to no supported family, or pickled weights are asked for.
 
     Example:
         >>> pipe = load_pipeline()
@@ -34,6 +34,8 @@ def load_pipeline(name: str | pathlib.Path | None = None, **options) -> Diffusio
         from mediation.bundled import pipeline_folder
 
         name = pipeline_folder()
+    if not options.get("use_safetensors", True):
+        raise ValueError("weights are read from safetensors files only: pickles can run code when they are loaded")
     options = {"use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()} | options
     pipe = DiffusionPipeline.from_pretrained(str(name), **options)
     if not {"torch_dtype", "dtype"} & set(options):
@@ -70,6 +72,12 @@ def family_of(pipe: DiffusionPipeline) -> type:
 def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, PreTrainedTokenizerBase]:
     """The tokenizer of every text encoder, by the encoder's name, in the order in which they run."""
     return {encoder: getattr(pipe, tokenizer) for encoder, tokenizer in family_of(pipe).text_encoders}
+
+
+def expansion(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """How the pipeline spells out textual-inversion tokens that stand for several vectors."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return (lambda text: convert(text, tokenizer)) if convert else (lambda text: text)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy
 from diffusers import DiffusionPipeline
 
 from mediation.cases import TOKEN_GROUPS, Case
 from mediation.encoding import clean_groups, token_pairs
 from mediation.guards import check_traceable
-from mediation.metrics import Metric, default_metric
-from mediation.pipelines import family_of, tokenizers_of
+from mediation.metrics import Metric, default_metric, metric_name
+from mediation.pipelines import expansion, family_of, tokenizers_of
 from mediation.rows import MODES, N_CONTROLS, Intervention
 from mediation.sampling import Sampling
 from mediation.sites import Site, group_name, resolve
@@ -34,6 +35,7 @@ class Plan:
         pictured: indices of the groups whose images are kept, next to the clean and the corrupted image; None keeps no
             image at all.
         progress: whether to show a progress bar.
+        places: indices (site, token, window) of the only interventions to run; None is all.
     """
 
     cases: tuple[Case, ...]
@@ -47,6 +49,7 @@ class Plan:
     several_metrics: bool
     pictured: tuple[int, ...] | None
     progress: bool
+    places: frozenset[tuple[int, int, int]] | None = None
 
     @property
     def n_draws(self) -> int:
@@ -57,6 +60,13 @@ class Plan:
     def shape(self) -> tuple[int, int, int]:
         """Sizes of (site, token, window); a dimension that is absent from results counts 1."""
         return len(self.groups), len(self.tokens or (None,)), len(self.windows or (None,))
+
+    def blank(self) -> dict[str, numpy.ndarray]:
+        """What a backend fills in: NaN for every number of a map, by variable, in the order of `schema.DIMS`."""
+        whole = (len(self.cases), self.n_draws, len(self.metrics))
+        each = (*whole[:2], *self.shape, whole[2])
+        shapes = {"clean": whole, "corrupted": whole, "sham": each, "restored": each}
+        return {name: numpy.full(shape, numpy.nan) for name, shape in shapes.items()}
 
     def interventions(self, pipe: DiffusionPipeline, case: Case) -> Iterator[tuple[tuple[int, int, int], Intervention]]:
         """Every intervention of a case by its index (site, token, window), but those without a token to change."""
@@ -70,7 +80,8 @@ class Plan:
                 if encoders and not any(here.values()):
                     continue
                 for k, window in enumerate(self.windows or (WHOLE,)):
-                    yield (i, j, k), Intervention(group, here, window, self.mode)
+                    if self.places is None or (i, j, k) in self.places:
+                        yield (i, j, k), Intervention(group, here, window, self.mode)
 
 
 def make_plan(
@@ -80,7 +91,7 @@ def make_plan(
     sites: Sequence | None,
     metric: Metric | Sequence[Metric] | None,
     tokens: str | Sequence[str | int] | None,
-    windows: Sequence[tuple[float, float]] | None,
+    windows: str | Sequence[tuple[float, float]] | None,
     mode: str,
     sampling: Sampling,
     batch_size: int | None,
@@ -110,6 +121,12 @@ def make_plan(
                 ' cannot matter: choose sites of the denoiser, or where="input"'
             )
         for tokenizer in tokenizers.values():  # raises if a subject is truncated
+            for prompt in (case.prompt, case.corrupted_prompt):
+                if expansion(pipe, tokenizer)(prompt) != prompt:
+                    raise ValueError(
+                        f"{prompt!r} holds a textual-inversion token of several vectors, which shifts all others: only"
+                        " those of one vector can be traced"
+                    )
             clean_groups(tokenizer, case)
             token_pairs(tokenizer, case, ())
     several = metric is not None and not callable(metric)
@@ -118,6 +135,7 @@ def make_plan(
         if not callable(found):
             raise TypeError(f"a metric is a function of (images, latents, cases), got {type(found).__name__}")
         getattr(found, "check", lambda cases: None)(cases)
+    _check_names(metrics)
     if batch_size is None:
         # as much activation memory as 32 rows of 32×32 latents, within reason
         _, height, width = family.latent_shape(pipe)
@@ -129,7 +147,7 @@ def make_plan(
         groups=groups,
         metrics=metrics,
         tokens=_check_tokens(pipe, cases, tokens),
-        windows=_check_windows(windows),
+        windows=_check_windows(windows, sampling.num_inference_steps),
         mode=mode,
         sampling=sampling,
         batch_size=batch_size,
@@ -143,6 +161,14 @@ def _pairs(tokenizer, case: Case, token: str | int) -> tuple[tuple[int, int], ..
     groups = clean_groups(tokenizer, case)
     positions = groups[token] if isinstance(token, str) else [p for p in groups["all"] if p == token]
     return token_pairs(tokenizer, case, positions)
+
+
+def _check_names(metrics: Sequence[Metric]) -> None:
+    if not metrics:
+        raise ValueError("metric is an empty list: pass at least one, or None for the default")
+    names = [metric_name(metric) for metric in metrics]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"several metrics are called {', '.join(repeated)}: give each a name of its own")
 
 
 def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
@@ -200,9 +226,13 @@ def _check_tokens(pipe, cases, tokens) -> tuple[str | int, ...] | None:
     return tokens
 
 
-def _check_windows(windows) -> tuple[tuple[float, float], ...] | None:
+def _check_windows(windows, n_steps: int) -> tuple[tuple[float, float], ...] | None:
     if windows is None:
         return None
+    if windows == "each":
+        return tuple((step / n_steps, (step + 1) / n_steps) for step in range(n_steps))
+    if isinstance(windows, str):
+        raise ValueError(f'windows is "each", for one per step, or a list of (start, stop), got {windows!r}')
     windows = tuple((float(start), float(stop)) for start, stop in windows)
     for start, stop in windows:
         if not 0 <= start < stop <= 1:

@@ -8,6 +8,7 @@ import xarray
 
 from mediation.effects import summarize
 from mediation.plots import plot_bars, plot_effects, plot_images
+from mediation.verification import verification
 
 
 def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
@@ -15,11 +16,13 @@ def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
     summary = summarize(effects)
     places = _places(summary).sort_values("mean", ascending=False, kind="stable").head(n_rows)
     labels = [name for name in ("site", "token", "window") if name in places]
+    checked = f"\nestimates against exact values:\n{_table(_checked(effects))}" if "sampled" in effects else ""
     return (
         f"{', '.join(_count(n, dim) for dim, n in effects.restored.sizes.items())}\n"
         f"total effect {float(summary.total):.3g} [{float(summary.total_low):.3g}, {float(summary.total_high):.3g}]"
         f" on {effects.attrs.get('metric', 'the metric')}, noise floor {float(summary.noise_floor):.1g}\n"
         f"largest indirect effects (95% intervals over cases):\n{_table(places[[*labels, 'mean', 'low', 'high', 'n']])}"
+        f"{checked}"
     )
 
 
@@ -29,7 +32,22 @@ def as_json(effects: xarray.Dataset) -> str:
     names = ("total", "total_low", "total_high", "noise_floor")
     (whole,) = _plain(pandas.DataFrame([{name: float(summary[name]) for name in names}]))
     record = {"metric": effects.attrs.get("metric"), "intervention": summary.attrs["intervention"], **whole}
+    if "sampled" in effects:
+        record["verification"] = _plain(_checked(effects))
     return json.dumps(record | {"places": _plain(_places(summary))}, ensure_ascii=False)
+
+
+def describe_scores(effects: xarray.Dataset, n_rows: int = 10) -> str:
+    """The sites whose weights have the largest scores of either sign, of a map by `Attribution.to_dataset`."""
+    scores = _scores(effects)
+    largest = scores.reindex((scores.positive - scores.negative).sort_values(ascending=False, kind="stable").index)
+    return f"{effects.attrs['metric']} is {effects.clean.item():.4g}; sums by site:\n{_table(largest.head(n_rows))}"
+
+
+def scores_as_json(effects: xarray.Dataset) -> str:
+    """The sums of scores by site as records, and the objective."""
+    record = {"objective": effects.attrs["metric"], "value": effects.clean.item()}
+    return json.dumps(record | {"places": _plain(_scores(effects))}, ensure_ascii=False)
 
 
 def describe_comparison(comparison: xarray.Dataset) -> str:
@@ -64,8 +82,18 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
+def _checked(effects: xarray.Dataset) -> pandas.DataFrame:
+    n_measured = int(effects.exact.notnull().any(("case", "draw")).sum())
+    return verification(effects, k=min(5, n_measured)).to_dataframe().reset_index()
+
+
 def _places(summary: xarray.Dataset) -> pandas.DataFrame:
     return summary[["mean", "low", "high", "n"]].to_dataframe().reset_index()
+
+
+def _scores(effects: xarray.Dataset) -> pandas.DataFrame:
+    frame = effects[["positive", "negative", "n_weights"]].to_dataframe().reset_index()
+    return frame[["site", "positive", "negative", "n_weights"]]
 
 
 def _table(frame: pandas.DataFrame) -> str:

@@ -3,7 +3,6 @@
 Cost grows with cases × draws × sites (× tokens × windows): one row of sampling each, and two more per chunk.
 """
 
-import functools
 import gc
 import math
 import warnings
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from mediation.album import Album
 from mediation.cases import Case
-from mediation.metrics import evaluate
+from mediation.metrics import evaluate, images_for
 from mediation.pipelines import family_of
 from mediation.plans import Plan
 from mediation.rows import N_CONTROLS, Intervention
@@ -36,19 +35,11 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
         the sham row of the chunk that an intervention ran in. What has no token to change is NaN. And the arrays of an
         `Album`, if the plan asks for images.
     """
-    n_cases, n_draws, n_metrics = len(plan.cases), plan.n_draws, len(plan.metrics)
-    whole = (n_cases, n_draws, n_metrics)
-    each = (n_cases, n_draws, *plan.shape, n_metrics)
-    values = {
-        "clean": numpy.full(whole, numpy.nan),
-        "corrupted": numpy.full(whole, numpy.nan),
-        "sham": numpy.full(each, numpy.nan),
-        "restored": numpy.full(each, numpy.nan),
-    }
+    values = plan.blank()
     album = Album(plan)
     untouched = Intervention(mode=plan.mode)
     jobs = [[(None, untouched), *plan.interventions(pipe, case)] for case in plan.cases]
-    n_rows = n_draws * sum(map(len, jobs))
+    n_rows = plan.n_draws * sum(map(len, jobs))
     with tqdm(total=n_rows, desc="tracing", unit="row", disable=None if plan.progress else True) as bar:
         for c, draw, chunk, measured in _measured_chunks(pipe, plan, jobs, album):
             for row, (index, _) in enumerate(chunk, start=N_CONTROLS):
@@ -124,10 +115,8 @@ def _measure(
 ) -> tuple[numpy.ndarray, torch.Tensor]:
     """Values of every metric, (metric, row), and the images of the rows in `pictured`."""
     latents = sample_rows(pipe, case, draw, rows, plan.sampling)
-    decode = functools.partial(family_of(pipe).decode, pipe)
-    needs_images = any(getattr(metric, "needs_images", True) for metric in plan.metrics)
-    images = decode(latents) if needs_images else None
+    images = images_for(pipe, plan.metrics, latents)
     measured = evaluate(plan.metrics, images, latents, [case] * len(latents))
     if not pictured:
         return measured, latents[:0]
-    return measured, images[pictured] if needs_images else decode(latents[pictured])
+    return measured, family_of(pipe).decode(pipe, latents[pictured]) if images is None else images[pictured]

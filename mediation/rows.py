@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -71,14 +72,13 @@ class Target:
 Copies = Callable[[Target, slice], Iterable[Copy]]
 
 
-@contextlib.contextmanager
 def intervening(
     pipe: DiffusionPipeline,
     rows: Sequence[Intervention],
     networks: Collection[str],
     copies: Copies,
     also: Iterable[tuple[nn.Module, Change]] = (),
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Changes the rows of whatever runs inside, at those of their sites that are in `networks`.
 
     Args:
@@ -86,6 +86,29 @@ def intervening(
         rows: what happens in the rows behind the controls.
         networks: names of networks.
         copies: what a target asks for, decided each time its module runs.
+        also: further changes of modules' outputs.
+
+    Raises:
+        RuntimeError: as `changing` does.
+    """
+    return changing(pipe, rows, networks, functools.partial(_change, copies=copies), also)
+
+
+@contextlib.contextmanager
+def changing(
+    pipe: DiffusionPipeline,
+    rows: Sequence[Intervention],
+    networks: Collection[str],
+    change: Callable[[list[Target]], Change],
+    also: Iterable[tuple[nn.Module, Change]] = (),
+) -> Iterator[None]:
+    """Passes the activations of sites in `networks` through functions, whatever runs inside.
+
+    Args:
+        pipe: the pipeline.
+        rows: which sites, and for the sake of which row behind the controls.
+        networks: names of networks.
+        change: makes the function of one module, of all that rows want of it.
         also: further changes of modules' outputs.
 
     Raises:
@@ -100,7 +123,7 @@ def intervening(
     inputs = []
     for targets in by_module.values():
         site = targets[0].site
-        (outputs if site.head is None else inputs).append((site.module(pipe), _change(targets, copies)))
+        (outputs if site.head is None else inputs).append((site.module(pipe), change(targets)))
     with hooked(outputs, inputs=inputs) as n_calls:
         yield
     for (network, path), (target, *_) in by_module.items():

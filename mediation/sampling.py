@@ -5,7 +5,8 @@ All rows share the starting latent and, with stochastic samplers, the noise of e
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -44,6 +45,11 @@ class Sampling:
         """Whether the denoiser sees an unconditional half."""
         return self.guidance_scale > 1
 
+    def changed_halves(self, halves: Sequence[str]) -> list[int]:
+        """Which of the denoiser's halves are changed, of those that a family names in their order."""
+        present = halves if self.guided else ("cond",)
+        return [i for i, half in enumerate(present) if self.branch in (half, "both")]
+
 
 @torch.no_grad()
 def sample_rows(
@@ -57,15 +63,8 @@ def sample_rows(
     family = family_of(pipe)
     n_rows = N_CONTROLS + len(rows)
     conditioning = encode_rows(pipe, case, draw, rows)
-    if sampling.guided:
-        for name, value in family.encode_negative(pipe).items():
-            conditioning[name] = value.expand(n_rows, *value.shape[1:])
-    noise = torch.randn((1, *family.latent_shape(pipe)), generator=torch.Generator().manual_seed(case.seed))
-    dtype = getattr(pipe, family.denoiser).dtype
-    latents = noise.expand(n_rows, -1, -1, -1).to(pipe._execution_device, dtype)
     progress = _Progress(pipe)
-    halves = family.guidance_halves if sampling.guided else ("cond",)
-    offsets = [i * n_rows for i, half in enumerate(halves) if sampling.branch in (half, "both")]
+    offsets = [i * n_rows for i in sampling.changed_halves(family.guidance_halves)]
 
     def copies(target: Target, features: slice) -> list[Copy]:
         if not target.intervention.covers(progress.fraction):
@@ -73,15 +72,57 @@ def sample_rows(
         donor = target.intervention.donor
         return [Copy(offset + donor, offset + target.row, features=features) for offset in offsets]
 
-    with intervening(pipe, rows, [family.denoiser], copies), quiet(pipe):
-        output = pipe(
+    with intervening(pipe, rows, [family.denoiser], copies):
+        latents = starting_latents(pipe, case, n_rows)
+        return denoise(pipe, case, conditioning, latents, sampling, on_step_end=progress.advance)
+
+
+def starting_latents(pipe: DiffusionPipeline, case: Case, n_rows: int) -> torch.Tensor:
+    """The latents that every run of a case starts from, (row, channel, height, width)."""
+    family = family_of(pipe)
+    noise = torch.randn((1, *family.latent_shape(pipe)), generator=torch.Generator().manual_seed(case.seed))
+    return noise.expand(n_rows, -1, -1, -1).to(pipe._execution_device, getattr(pipe, family.denoiser).dtype)
+
+
+def denoise(
+    pipe: DiffusionPipeline,
+    case: Case,
+    conditioning: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    sampling: Sampling,
+    *,
+    on_step_end: Callable | None = None,
+) -> torch.Tensor:
+    """Runs the pipeline's own loop; gradients are recorded if the caller records any.
+
+    Args:
+        pipe: the pipeline.
+        case: whose seed the noise of stochastic samplers comes from.
+        conditioning: what the denoiser reads of the prompts, as the family's `encode` returns it.
+        latents: to start from, (row, channel, height, width).
+        sampling: how to sample.
+        on_step_end: passed to the pipeline as `callback_on_step_end`.
+
+    Returns:
+        Final latents, of the shape of `latents`.
+    """
+    conditioning, n_rows = dict(conditioning), len(latents)
+    if sampling.guided:
+        with torch.no_grad():
+            for name, value in family_of(pipe).encode_negative(pipe).items():
+                conditioning[name] = value.expand(n_rows, *value.shape[1:])
+    # diffusers decorates the call with torch.no_grad; the function beneath is the same loop
+    call = inspect.unwrap(type(pipe).__call__)
+    with quiet(pipe):
+        output = call(
+            pipe,
             **conditioning,
             latents=latents,
             generator=[torch.Generator().manual_seed(case.seed + 1) for _ in range(n_rows)],
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             output_type="latent",
-            callback_on_step_end=progress.advance,
+            callback_on_step_end=on_step_end,
         )
     return output.images
 

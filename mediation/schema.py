@@ -17,6 +17,8 @@ IMAGE_DIMS = {
     "corrupted_image": ("case", "draw", "y", "x", "channel"),
     "restored_image": ("case", "draw", "image_site", "token", "window", "y", "x", "channel"),
 }
+# what the exact backend measured of an estimated map, and whether a place was drawn at random for it
+CHECK_DIMS = {"exact": DIMS["restored"], "sampled": ("site", "token", "window")}
 OPTIONAL = ("token", "window", "metric")
 _LABELLED = ("site", "image_site", *OPTIONAL)
 

@@ -1,7 +1,6 @@
 """`trace`: from cases to a labelled map of causal effects, by one of several backends."""
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 
@@ -9,19 +8,26 @@ import numpy
 import xarray
 from diffusers import DiffusionPipeline
 
+from mediation.attribution import attribution_patching
 from mediation.cases import Case
+from mediation.direct import direct_effect, text_layers
 from mediation.effects import warn_of_missing
-from mediation.metrics import Metric, metric_name
+from mediation.metrics import Metric, metric_name, metric_options
+from mediation.pipelines import tokenizers_of
 from mediation.plans import Plan, make_plan
+from mediation.provenance import provenance
 from mediation.restoration import restoration
 from mediation.sampling import Sampling
-from mediation.schema import DIMS, IMAGE_DIMS
-from mediation.sites import Site, group_name
+from mediation.schema import CHECK_DIMS, DIMS, IMAGE_DIMS
+from mediation.sites import Site, group_name, resolve
+from mediation.verification import screened, verified
 
 # A backend returns the values of a plan as `restoration` does.
-BACKENDS: dict[str, Callable[[DiffusionPipeline, Plan], dict[str, numpy.ndarray]]] = {"restoration": restoration}
-
-_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+BACKENDS: dict[str, Callable[[DiffusionPipeline, Plan], dict[str, numpy.ndarray]]] = {
+    "restoration": restoration,
+    "attribution_patching": attribution_patching,
+    "direct_effect": direct_effect,
+}
 
 
 def trace(
@@ -32,13 +38,16 @@ def trace(
     backend: str = "restoration",
     metric: Metric | Sequence[Metric] | None = None,
     tokens: str | Sequence[str | int] | None = None,
-    windows: Sequence[tuple[float, float]] | None = None,
+    windows: str | Sequence[tuple[float, float]] | None = None,
     mode: str = "restore",
     branch: str = "cond",
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
     batch_size: int | None = None,
     images: str | Sequence[Site | str | Sequence[Site | str]] | None = None,
+    integrated: int = 1,
+    screen: float | None = None,
+    verify: int | None = None,
     progress: bool = True,
 ) -> xarray.Dataset:
     """Measures what restoring each site brings back of a corrupted subject (causal tracing).
@@ -50,18 +59,25 @@ def trace(
     Restoring asks whether a site is sufficient. The mirror experiment, `mode="knock_out"`, asks whether it is
     necessary: one site of a clean run takes the corrupted run's output, and IE = m(clean) − m(knocked out).
 
+    Backends say how: "restoration" runs every intervention, and is exact. "attribution_patching" estimates all of them
+    from one gradient, each step by itself, at a price that does not grow with their number. "direct_effect" lets
+    cross-attentions read the other run's prompt in place of taking over their outputs.
+
     Args:
         pipe: a diffusers pipeline of a supported family.
         cases: what to corrupt, one case or several.
         sites: sites or names, heads and blocks among them; an entry that is itself a list is changed together. None is
-            every site that `mediation.sites(pipe)` lists, or every one to which `tokens` or `windows` applies.
-        backend: "restoration".
+            every site that `mediation.sites(pipe)` lists, or every one to which `tokens` or `windows` applies; for
+            "direct_effect", every cross-attention.
+        backend: "restoration", "attribution_patching" or "direct_effect".
         metric: scores a run's outcome, or several such, which adds a `metric` dimension. None is CLIPScore with the
-            prompt for the bundled pipeline, and `LatentDistance` for any other. See `mediation.metrics`.
+            prompt for the bundled pipeline, and `LatentDistance` for any other. See `mediation.metrics`; estimates
+            need its gradient.
         tokens: token groups (bos, before, subject, last_subject, after, eos, padding, all) or positions at which to
             change text-encoder sites, or "each" for every position; adds a `token` dimension.
-        windows: (start, stop) fractions of sampling in which to change sites of the denoiser; adds a `window`
-            dimension.
+        windows: (start, stop) fractions of sampling in which to change sites of the denoiser, or "each" for one per
+            step; adds a `window` dimension. None is all of sampling but for "attribution_patching", whose estimates
+            are of single steps: there it is "each", unless sites of a text encoder are asked for.
         mode: "restore" or "knock_out".
         branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both".
         num_inference_steps: sampler steps.
@@ -69,6 +85,13 @@ def trace(
         batch_size: rows of one call of the pipeline, the clean and the sham row included. None suits the latents' size.
         images: sites whose restored images are kept, or "all"; clean and corrupted images come along. Each takes
             height × width × 3 bytes: 70 sites at 512 × 512, 57 MB per case and draw. None keeps no image.
+        integrated: of estimates, the points between the two runs at which the gradient is averaged. Each is another
+            row, and 1 is the untouched run itself.
+        screen: estimates everything, then restores this share of all places (sites with their token or window), the
+            best, exactly: their values are exact, those of all others are estimates. The estimate of a window of
+            several steps is the sum over its steps.
+        verify: of "attribution_patching", restores the best places exactly, this many, and as many at random, next to
+            the estimates: see `mediation.verification`.
         progress: shows a progress bar on a terminal.
 
     Returns:
@@ -77,7 +100,9 @@ def trace(
         which sites are changed, unchanged. Coordinates on site: network, component, layer, block, path and, if there
         are heads, head (-1 for what is none). The attributes hold what is needed to run it again. With `images`, also
         clean_image and corrupted_image (case, draw, y, x, channel), and restored_image (case, draw, image_site[,
-        token][, window], y, x, channel), as integers from 0 to 255.
+        token][, window], y, x, channel), as integers from 0 to 255. Of estimates, the attribute `estimate` says of
+        which order they are, sham is the untouched run's value, and with `screen` or `verify`, exact holds what was
+        restored, NaN elsewhere.
 
     Raises:
         TypeError, KeyError, ValueError: before any work, if an argument does not fit the pipeline.
@@ -92,6 +117,12 @@ def trace(
     """
     if backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    estimates = backend == "attribution_patching" or screen is not None
+    _check_estimates(backend, metric, images, integrated, screen, verify)
+    if backend == "direct_effect" and sites is None:
+        sites = text_layers(pipe)
+    if backend == "attribution_patching" and windows is None and tokens is None and not _has_text(pipe, sites):
+        windows = "each"
     plan = make_plan(
         pipe,
         cases,
@@ -105,15 +136,27 @@ def trace(
         images=images,
         progress=progress,
     )
-    effects = label(plan, BACKENDS[backend](pipe, plan))
-    effects.attrs = {"backend": backend} | _provenance(pipe, plan)
+    attributes = {"backend": backend}
+    if estimates:
+        values = attribution_patching(pipe, plan, integrated=integrated)
+        attributes |= {"estimate": "first_order", "integrated": integrated}
+    else:
+        values = BACKENDS[backend](pipe, plan)
+    if screen is not None:
+        values = screened(pipe, plan, values, screen)
+        attributes["screen"] = screen
+    if verify is not None:
+        values = verified(pipe, plan, values, verify)
+        attributes["verify"] = verify
+    effects = label(plan, values)
+    effects.attrs = attributes | _provenance(pipe, plan)
     warn_of_missing(effects)
     return effects
 
 
 def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
     """Names the dimensions of a backend's values and drops those that the plan does not have."""
-    dims = DIMS | IMAGE_DIMS
+    dims = DIMS | IMAGE_DIMS | CHECK_DIMS
     effects = xarray.Dataset({name: (dims[name], array) for name, array in values.items()})
     absent = {"token": plan.tokens is None, "window": plan.windows is None, "metric": not plan.several_metrics}
     effects = effects.isel({dim: 0 for dim, is_absent in absent.items() if is_absent})
@@ -151,6 +194,31 @@ def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
     return effects
 
 
+def _check_estimates(backend, metric, images, integrated, screen, verify) -> None:
+    estimates = backend == "attribution_patching"
+    if images is not None and (estimates or screen is not None):
+        raise ValueError('estimates make no images: choose backend="restoration" without screen')
+    if integrated != 1 and not (estimates or screen is not None):
+        raise ValueError(f'integrated is for estimates, and backend="{backend}" makes none')
+    if screen is not None and backend == "direct_effect":
+        raise ValueError("screen puts the exact backend behind estimates, and there are none of direct effects")
+    if screen is not None and not 0 < screen <= 1:
+        raise ValueError(f"screen is the share of places to restore exactly, above 0 and up to 1; got {screen}")
+    if verify is not None and not (estimates and screen is None):
+        raise ValueError('verify is for backend="attribution_patching" without screen, where all are estimates')
+    if verify is not None and verify < 2:
+        raise ValueError(f"verify counts places to restore exactly, to compare them: at least 2, got {verify}")
+    if (screen is not None or verify is not None) and not (metric is None or callable(metric)):
+        raise ValueError("screen and verify choose places by one metric: pass a single one")
+
+
+def _has_text(pipe: DiffusionPipeline, chosen) -> bool:
+    """Whether sites of a text encoder are asked for by name."""
+    if chosen is None:
+        return False
+    return any(site.network in tokenizers_of(pipe) for group in resolve(pipe, chosen) for site in group)
+
+
 def _provenance(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | float]:
     scheduler = {"class": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
     cases = [
@@ -165,8 +233,11 @@ def _provenance(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | fl
         "scheduler": json.dumps(scheduler, default=str),
         "cases": json.dumps(cases),
         "metric": ", ".join(metric_name(metric) for metric in plan.metrics),
+        "metric_options": json.dumps(
+            {metric_name(metric): metric_options(metric) for metric in plan.metrics}, default=str
+        ),
         "intervention": plan.mode,
         "batch_size": plan.batch_size,
         **dataclasses.asdict(plan.sampling),
-        "versions": json.dumps({name: importlib.metadata.version(name) for name in _PACKAGES}),
+        "versions": json.dumps(provenance(pipe)["versions"]),
     }

@@ -38,3 +38,26 @@ def alone(pipe, prompt, **options):
     noise = torch.randn(1, *family_of(pipe).latent_shape(pipe), generator=torch.Generator().manual_seed(CASE.seed))
     options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | options
     return pipe(prompt, latents=noise, **options).images
+
+
+def double(pipe):
+    """The pipeline in float64."""
+    for network in (*networks(pipe), pipe.vae):
+        torch.nn.Module.double(network)
+    return pipe
+
+
+def visited(pipe, prompt, seed, *, steps, guidance_scale):
+    """What the denoiser reads on the way to a picture: x_t, t, and its prediction at each step; and final latents."""
+    seen = []
+
+    def see(_module, arguments, output):
+        seen.append((arguments[0].chunk(2)[1].clone(), arguments[1], output[0].chunk(2)[1].clone()))
+
+    noise = torch.randn(1, *family_of(pipe).latent_shape(pipe), generator=torch.Generator().manual_seed(seed))
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
+    handle = pipe.unet.register_forward_hook(see)
+    try:
+        return seen, pipe(prompt, latents=noise.to(pipe.unet.dtype), **options).images
+    finally:
+        handle.remove()

@@ -42,11 +42,12 @@ def attribute_probability(factor: str, target: object = None) -> ClassProbabilit
 
     Example:
         >>> attribute_probability("style", "ink").name
-        'probability_of_style'
+        'probability_of_ink'
     """
     probe = load_probe()
     labels = probe.labels(factor)
-    return ClassProbability(lambda images: probe(images)[factor], labels, target, name=f"probability_of_{factor}")
+    name = f"probability_of_{factor if target is None else target}"
+    return ClassProbability(lambda images: probe(images)[factor], labels, target, name=name)
 
 
 __all__ = ["AttributeProbe", "attribute_probability", "is_bundled", "load_probe", "load_scorer", "pipeline_folder"]

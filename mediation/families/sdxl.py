@@ -1,5 +1,7 @@
 """Stable Diffusion XL: two text encoders read side by side, and a pooled embedding added to the U-Net's time."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -43,6 +45,20 @@ class StableDiffusionXL(StableDiffusion):
         return {"negative_prompt_embeds": states, "negative_pooled_prompt_embeds": pooled}
 
     @staticmethod
+    def denoise(
+        pipe: DiffusionPipeline,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """What the denoiser predicts of scaled latents at timesteps (row,), reading `conditioning` as of `encode`."""
+        height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device, dtype=latents.dtype)
+        added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": sizes.expand(len(latents), -1)}
+        states = conditioning["prompt_embeds"]
+        return pipe.unet(latents, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
+
+    @staticmethod
     def text_outputs(pipe: DiffusionPipeline) -> list[TextOutput]:
         """Which text encoder gives which part of what `encode` returns."""
         n_first = pipe.text_encoder.config.hidden_size
@@ -55,18 +71,37 @@ class StableDiffusionXL(StableDiffusion):
     @staticmethod
     def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1], (row, 3, height, width), of final latents, without the pipeline's watermark."""
-        vae = pipe.vae
-        upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # it overflows in half precision
-        latents = latents.to(torch.float32 if upcast else vae.dtype) / vae.config.scaling_factor
-        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
-            latents = latents * std + mean
-        if upcast:
-            vae.to(torch.float32)
-        try:
-            images = vae.decode(latents, return_dict=False)[0]
-        finally:
-            if upcast:
-                vae.to(torch.float16)
+        with _without_overflow(pipe.vae) as vae:
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor
+            mean, std = _moments(vae, latents)
+            images = vae.decode(latents * std + mean, return_dict=False)[0]
         return pipe.image_processor.postprocess(images, output_type="pt")
+
+    @staticmethod
+    def encode_images(pipe: DiffusionPipeline, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents that `decode` makes images of, from pixels in [-1, 1], (row, 3, height, width)."""
+        with _without_overflow(pipe.vae) as vae:
+            latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+            mean, std = _moments(vae, latents)
+            return (latents - mean) / std * vae.config.scaling_factor
+
+
+@contextlib.contextmanager
+def _without_overflow(vae: nn.Module) -> Iterator[nn.Module]:
+    """The VAE, for a while in float32 if half precision is too narrow for it."""
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield vae
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+
+
+def _moments(vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation by channel of what the VAE calls latents, 0 and 1 where it does not say."""
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        mean, std = [0.0], [1.0]
+    return tuple(torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))

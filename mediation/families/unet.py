@@ -105,6 +105,16 @@ class StableDiffusion:
         return [TextOutput("prompt_embeds", "text_encoder", slice(None))]
 
     @staticmethod
+    def denoise(
+        pipe: DiffusionPipeline,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """What the denoiser predicts of scaled latents at timesteps (row,), reading `conditioning` as of `encode`."""
+        return pipe.unet(latents, timesteps, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+
+    @staticmethod
     def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
         """Shape of one starting latent: (channel, height, width)."""
         side = pipe.unet.config.sample_size
@@ -116,6 +126,11 @@ class StableDiffusion:
         """Images in [0, 1], (row, 3, height, width), of final latents."""
         images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         return pipe.image_processor.postprocess(images, output_type="pt")
+
+    @staticmethod
+    def encode_images(pipe: DiffusionPipeline, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents that `decode` makes images of, from pixels in [-1, 1], (row, 3, height, width)."""
+        return pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
 
     @classmethod
     def problem(cls, pipe: DiffusionPipeline) -> str | None:

@@ -47,6 +47,18 @@ def test_keys_and_values_are_those_of_a_full_run_without_the_bias(tiny_pipe, nam
     torch.testing.assert_close(again.residuals, residuals, rtol=0, atol=1e-5)
 
 
+def test_keys_of_padding_are_those_of_the_token_that_the_pipeline_pads_with():
+    pipe = tiny.stable_diffusion_2()  # which pads with "!", not with the end token
+    (site,) = sites(pipe, name="text_encoder.0.self_attention")
+    found = pairs_of(pipe, {"ink": "noto"}, "from_subject")
+    known = associate(pipe, site, found)
+    assert len(known.keys) > 60, "the window's padding is among the tokens"
+    keys = record(pipe, site.module(pipe).out_proj, found.prompts, "input")
+    torch.testing.assert_close(known.keys, gather(keys, found.source), rtol=0, atol=1e-6)
+    pipe.tokenizer.pad_token = pipe.tokenizer.eos_token
+    assert not torch.allclose(associate(pipe, site, found).keys[-1], known.keys[-1], atol=1e-4)
+
+
 def test_nothing_behind_the_projection_is_computed(tiny_pipe):
     (site,) = sites(tiny_pipe, name="text_encoder.0.self_attention")
     ran = []

@@ -33,7 +33,7 @@ def only(updates):
 
 def test_help_lists_the_commands():
     output = run("--help").output
-    assert all(command in output for command in COMMANDS)
+    assert all(command in output for command in (*COMMANDS, "erase", "amplify"))
 
 
 def test_every_example_runs(tmp_path, monkeypatch):
@@ -63,6 +63,31 @@ def test_every_example_runs(tmp_path, monkeypatch):
     table = [line.split() for line in outputs["evaluate"].splitlines()]
     assert table[0] == ["role", "measure", "unedited", "edited"]
     assert table[5][:5] == ["efficacy", "latent_distance", "0", "[0,", "0]"], "unedited comes first"
+
+
+def test_scores_become_ablations(tmp_path, monkeypatch, tiny_pipe):
+    monkeypatch.chdir(tmp_path)
+    options = {"parameters": "unet.mid.*", "num_inference_steps": 1, "progress": False}
+    found = mediation.attribute(tiny_pipe, "ink style", **options)
+    found.save("ink-scores.safetensors")
+    result = run(*example("erase"))
+    assert result.exit_code == 0, result.output
+    edit = editing.load("no-ink.safetensors")
+    made = editing.cad_erase(found, ratio=0.002, per="matrix")
+    assert edit.metadata == made.metadata
+    assert {name: update.indices.tolist() for name, update in edit.updates.items()} == {
+        name: update.indices.tolist() for name, update in made.updates.items()
+    }
+    assert f"{made.report['n_changed']:,} of {made.report['n_weights']:,} weights set to 0" in result.output
+    shown = run("show", "no-ink.safetensors").output
+    assert all(f"changes {name}: {len(update.indices)} weight" in shown for name, update in edit.updates.items())
+    mediation.attribute(tiny_pipe, "ink style", objective="amplify", **options).save("more-ink-scores.safetensors")
+    result = run(*example("amplify"))
+    assert result.exit_code == 0, result.output
+    assert editing.load("more-ink.safetensors").metadata["method"] == "cad_amplify"
+    mistaken = CliRunner().invoke(app, ["amplify", "ink-scores.safetensors"])
+    assert mistaken.exit_code == 1
+    assert "use editing.cad_erase" in mistaken.output + getattr(mistaken, "stderr", "")
 
 
 def weight(pipe):

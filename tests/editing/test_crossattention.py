@@ -112,7 +112,7 @@ def test_the_report_is_of_all_matrices_together(tiny_pipe):
     ink, noto, cat = (states(tiny_pipe, p)[i] for p, i in (("ink", 1), ("noto", 4), ("cat", 1)))
     base = numpy.vstack([matrix(tiny_pipe, name) for name in edit.updates])
     change = numpy.vstack([update.dense().numpy() for update in edit.updates.values()])
-    (residual,), (interference,) = edit.report["residuals"], edit.report["interference"]
+    (residual,), (interference,) = edit.report["residual"], edit.report["interference"]
     norm = numpy.linalg.norm
     assert residual["before"] == pytest.approx(norm(base @ (noto - ink)) / norm(base @ noto), rel=1e-4)
     assert residual["after"] == pytest.approx(norm(base @ noto - (base + change) @ ink) / norm(base @ noto), rel=1e-4)

@@ -13,8 +13,8 @@ from torch import nn
 
 import editing
 from editing.edit import Edit, measure
-from editing.parameters import fingerprint
 from editing.updates import LowRank
+from mediation.parameters import fingerprint
 from tests import tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

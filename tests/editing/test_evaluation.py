@@ -9,6 +9,7 @@ import xarray
 
 import editing
 import mediation
+from editing import evaluation
 from editing.suites import Suite, Trial
 from mediation.metrics import ClassProbability
 
@@ -117,6 +118,59 @@ def test_the_report_tells_how_it_was_made(report, tmp_path):
     for name in numbers.data_vars:
         numpy.testing.assert_array_equal(again[name].values.astype(numbers[name].dtype), numbers[name].values)
     assert again.attrs["edits"] == report.attrs["edits"]
+
+
+def again(pipe, edits, unedited, **changes):
+    options = {"classifiers": CLASSIFIERS, "scorer": Scorer(), "batch_size": 3, "progress": False} | SAMPLING
+    options |= {"suite": TRIALS, "seeds": [5, 9], "unedited": unedited} | changes
+    return editing.evaluate(pipe, edits, **options)
+
+
+@pytest.mark.parametrize("keep_images", [False, True])
+def test_unedited_pictures_are_not_drawn_twice(tiny_pipe, edits, report, tmp_path, monkeypatch, keep_images):
+    """What is taken over, from a file too, is what drawing again would give."""
+    plain = report.sel(model=["unedited"])
+    plain.images.encoding = {"dtype": "int16"}
+    plain.to_netcdf(tmp_path / "plain.nc", engine="scipy")
+    drawn = []
+    draw_all = evaluation._draw
+    monkeypatch.setattr(
+        evaluation, "_draw", lambda pipe, jobs, *rest: drawn.append(len(jobs)) or draw_all(pipe, jobs, *rest)
+    )
+    for earlier in (report, xarray.load_dataset(tmp_path / "plain.nc", engine="scipy")):
+        found = again(tiny_pipe, {"two": edits["two"]}, earlier, keep_images=keep_images)
+        expected = report.sel(model=["unedited", "two"])
+        assert set(expected.data_vars) - set(found.data_vars) == (set() if keep_images else {"images", "latents"})
+        for name in found.data_vars:
+            numpy.testing.assert_array_equal(found[name].values, expected[name].values)
+        assert found.label.dtype.kind == "U"
+        assert (found.latent_distance.sel(model="two") > 0).all()
+    assert drawn == [8, 8], "four trials and two seeds, of one model, for each report"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": TRIALS[::-1]}, "other pictures: it differs in prompt, role"),
+        ({"seeds": [5, 7]}, "differs in seed"),
+        ({"num_inference_steps": 1}, "differs in num_inference_steps"),
+    ],
+)
+def test_unedited_pictures_of_something_else_are_refused(tiny_pipe, edits, report, changes, message, monkeypatch):
+    monkeypatch.setattr(tiny_pipe.unet, "forward", lambda *_, **__: pytest.fail("the U-Net ran"))
+    with pytest.raises(ValueError, match=message):
+        again(tiny_pipe, edits["one"], report, **changes)
+    with pytest.raises(ValueError, match="has no latents: make it with keep_images"):
+        again(tiny_pipe, edits["one"], report.drop_vars(["latents", "images"]))
+    with pytest.raises(ValueError, match="has no target_score"):
+        again(tiny_pipe, edits["one"], report.drop_vars("target_score"))
+
+
+def test_a_report_may_know_more_of_unedited_pictures_than_is_asked(tiny_pipe, edits, report):
+    found = again(tiny_pipe, edits["one"], report, scorer=None)
+    assert "source_score" in report
+    assert "source_score" not in found
+    assert found.model.values.tolist() == ["unedited", "edited"]
 
 
 def test_one_edit_needs_no_name_and_no_judge(tiny_pipe, edits):

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import editing
-from editing import files
-from editing.parameters import canonical, native
+from mediation import tensorfiles
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +69,6 @@ def test_the_header_is_readable_json_with_the_names_of_checkpoints(path):
     assert "café" in header["metadata"], "not escaped"
     assert list(metadata["base"]) == [layer]
     assert sorted(metadata["base"][layer]["sha256"]) == ["bfloat16", "float16", "float32"]
-
-
-@pytest.mark.parametrize(
-    ("flat", "name"),
-    [
-        ("text_encoder_2.encoder.layers.3.mlp.fc2.weight", "text_encoder_2.text_model.encoder.layers.3.mlp.fc2.weight"),
-        ("text_encoder.final_layer_norm.weight", "text_encoder.text_model.final_layer_norm.weight"),
-        ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.o.weight", None),  # T5 has one layout
-        ("text_encoder_2.text_projection.weight", None),
-        ("unet.mid_block.attentions.0.proj_in.weight", None),
-    ],
-)
-def test_names_on_disk_are_those_of_checkpoints(flat, name, monkeypatch):
-    name = name or flat
-    assert canonical(flat) == canonical(name) == name
-    for wrapped, expected in ((True, name), (False, flat)):
-        monkeypatch.setattr("editing.parameters._WRAPPED", wrapped)
-        assert native(name, "CLIPTextModel") == expected
-        assert native(name, "CLIPTextModelWithProjection") == name
 
 
 @given(st.data())
@@ -158,5 +138,5 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 def test_a_header_that_is_no_json_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        files.write(tmp_path / "nan.safetensors", {"a": torch.ones(1)}, {"report": {"residual": float("nan")}})
+        tensorfiles.write(tmp_path / "nan.safetensors", {"a": torch.ones(1)}, {"report": {"a": float("nan")}}, "x")
     assert not list(tmp_path.iterdir())

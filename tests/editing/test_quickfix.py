@@ -130,7 +130,7 @@ def test_the_report_tells_what_the_edited_pipeline_does(fresh_pipe):
     kept = run(fresh_pipe, "cat", module)[1][1]
     with edit.applied(fresh_pipe):
         edited, moved = (run(fresh_pipe, prompt, module)[1][1] for prompt in ("ink", "cat"))
-    (residual,), (interference,) = edit.report["residuals"], edit.report["interference"]
+    (residual,), (interference,) = edit.report["residual"], edit.report["interference"]
     assert (residual["source"], residual["target"], residual["n_keys"]) == ("ink", "noto", 1)
     assert residual["before"] == pytest.approx(float((source - target).norm() / target.norm()), rel=1e-4)
     assert residual["after"] == pytest.approx(float((edited - target).norm() / target.norm()), rel=1e-4)
@@ -175,7 +175,7 @@ def test_a_target_can_be_preserved(tiny_pipe):
     plain = editing.quickfix(tiny_pipe, {"ink": "noto"})
     key = run(tiny_pipe, "noto", out_proj(tiny_pipe))[0][4:5]
     assert only(edit.updates).times(key).norm() < only(plain.updates).times(key).norm()
-    assert edit.report["residuals"][0]["after"] < 0.5
+    assert edit.report["residual"][0]["after"] < 0.5
 
 
 def test_two_layers_are_edited_one_after_the_other_and_added(fresh_pipe):
@@ -216,7 +216,7 @@ def test_any_text_encoder_site_can_be_edited(fresh_pipe, site, parameter):
     assert [f"text_encoder.{name}" for name in changed] == list(edit.updates)
     assert changed[0].replace("text_model.", "") == parameter.removeprefix("text_encoder.")
     assert edit.metadata["sites"] == [site]
-    assert edit.report["residuals"][0]["after"] < 0.5 * edit.report["residuals"][0]["before"]
+    assert edit.report["residual"][0]["after"] < 0.5 * edit.report["residual"][0]["before"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -240,7 +240,7 @@ def test_both_encoders_of_a_family_with_two_are_edited(fresh_pipe, monkeypatch):
     first, second = edit.updates
     assert first.startswith("text_encoder.")
     assert second == first.replace("text_encoder", "text_encoder_2")
-    assert [entry["network"] for entry in edit.report["residuals"]] == ["text_encoder", "text_encoder_2"]
+    assert [entry["network"] for entry in edit.report["residual"]] == ["text_encoder", "text_encoder_2"]
     # The second tokenizer knows "noto" as one token, and spells "ink".
     encoder = pipe.text_encoder_2
     monkeypatch.setattr(pipe, "text_encoder", encoder)

@@ -32,7 +32,7 @@ def example(run, command):
 
 def test_help_lists_the_commands(run):
     output = run("--help").output
-    assert all(command in output for command in (*COMMANDS, "demo"))
+    assert all(command in output for command in (*COMMANDS, "attribute", "demo"))
 
 
 def test_every_example_runs(run, tiny_pipe):
@@ -64,6 +64,42 @@ def test_every_example_runs(run, tiny_pipe):
     assert [line.split()[:2] for line in result.output.splitlines()[2:]] == [
         [name, f"{value:.3g}"] for name, value in zip(estimate.statistic.values, estimate.values, strict=True)
     ]
+
+
+def test_attributing_keeps_scores_and_their_sums(run, tiny_pipe):
+    arguments = example(run, "attribute")
+    result = run(*arguments, "--map", "scores.nc")
+    assert result.exit_code == 0, result.output
+    found = mediation.Attribution.load("ink-scores.safetensors")
+    options = {"parameters": "unet.mid.*", "num_inference_steps": 4, "progress": False}
+    expected = mediation.attribute(tiny_pipe, "ink style", **options)
+    assert found.metadata == expected.metadata
+    assert all((score == expected.scores[name]).all() for name, score in found.scores.items())
+    effects = open_map("scores.nc")
+    assert effects.identical(found.to_dataset())
+    listed = [line.split()[0] for line in result.output.splitlines()[2:-1]]
+    assert sorted(listed) == sorted(effects.site.values)
+    told = json.loads(run(*arguments, "--objective", "amplify", "--json").output)
+    assert told["value"] == mediation.Attribution.load("ink-scores.safetensors").metadata["value"] < 0
+    assert {place["site"] for place in told["places"]} == set(listed)
+
+
+def test_estimates_come_with_their_verification(run, tiny_pipe):
+    case = ["--prompt", "a red cat", "--subject", "cat", "--sites", "unet.mid.*", "--steps", 2]
+    options = [*case, "--backend", "attribution_patching", "--verify", 3]
+    result = run("trace", *options, "--output", "map.nc")
+    assert result.exit_code == 0, result.output
+    effects = open_map("map.nc")
+    assert effects.sizes["window"] == 2
+    assert effects.attrs["backend"] == "attribution_patching"
+    told = result.output.splitlines()[-4:]
+    assert [line.split()[0] for line in told[1:]] == ["spearman", "bias", "recall"]
+    told = json.loads(run("trace", *options, "--json").output)
+    report = mediation.verification(effects, k=min(5, int(effects.exact.notnull().sum())))
+    assert told["verification"][2]["estimate"] == float(report.estimate.sel(statistic="recall"))
+    screened = ["--screen", 0.4, "--integrated", 2, "--output", "screened.nc"]
+    assert run("trace", *case, *screened).exit_code == 0
+    assert int(open_map("screened.nc").exact.notnull().sum()) == 2
 
 
 def test_a_file_of_cases_becomes_a_map_and_json(run, tmp_path):
@@ -107,6 +143,9 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         (["trace", "--output", "map.txt"], "error: a map is kept in a .nc file"),
         (["trace"], "error: give either prompts with subjects, or a file"),
         (["trace", "--cases", "none.csv"], "No such file"),
+        (["attribute", "ink", "--parameters", "engine"], "error: 'engine' matches no site"),
+        (["attribute", "ink", "--output", "scores.nc"], "end in .safetensors"),
+        (["attribute", "ink", "--map", "sums.txt"], "error: a map is kept in a .nc file"),
         (["plot", "none.nc"], "error: there is no map at none.nc"),
         (["plot", "map.nc", "--kind", "pie"], "error: a map is drawn as map, bars or images, got 'pie'"),
         (["plot", "map.nc", "--by", "layer"], "error: only bars are grouped"),

@@ -160,8 +160,13 @@ def test_all_heads_together_are_the_whole_attention(pipe, mode):
 
 
 @pytest.mark.parametrize("where", ["input", "output"])
-def test_noise_is_in_standard_deviations_at_the_subject_alone_and_differs_by_encoder(pipe, where):
-    case = Case(CASE.prompt, subject="cat", corruption=GaussianNoise(scale=2.0, where=where), seed=3)
+@pytest.mark.parametrize(
+    ("prompt", "subject", "n_tokens"), [(CASE.prompt, "cat", 1), ("an owl and a red owl in ink", "owl", 6)]
+)
+def test_noise_is_in_standard_deviations_at_the_subject_alone_and_differs_by_encoder(
+    pipe, where, prompt, subject, n_tokens
+):
+    case = Case(prompt, subject=subject, corruption=GaussianNoise(scale=2.0, where=where), seed=3)
     seen, handles = {}, []
     for encoder in tokenizers_of(pipe):
         table = getattr(pipe, encoder).get_input_embeddings()
@@ -175,6 +180,7 @@ def test_noise_is_in_standard_deviations_at_the_subject_alone_and_differs_by_enc
             handle.remove()
     parts = []  # rows, what the noise is measured in, positions
     tokens = {encoder: clean_groups(tokenizer, case)["subject"] for encoder, tokenizer in tokenizers_of(pipe).items()}
+    assert {len(positions) for positions in tokens.values()} == {n_tokens}
     if where == "input":
         for encoder, positions in tokens.items():
             parts.append((seen[encoder], getattr(pipe, encoder).get_input_embeddings().weight, positions))

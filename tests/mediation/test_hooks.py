@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mediation.hooks import hooked, input_of
+from mediation.hooks import hooked, input_of, recorded_calls, watched
 
 
 class Skipping(nn.Module):
@@ -56,3 +56,23 @@ def test_an_input_that_is_never_reached_is_an_error():
     layer = nn.Identity()
     with pytest.raises(RuntimeError, match="never reached the Linear"):
         input_of(nn.Linear(1, 1), lambda: layer(torch.zeros(1)))
+
+
+def test_recorded_calls_are_made_again_and_the_record_ends_on_errors():
+    layer = nn.Linear(2, 2)
+    with recorded_calls(layer) as calls:
+        expected = [layer(torch.ones(2)), layer(input=torch.zeros(2))]
+    with pytest.raises(RuntimeError), recorded_calls(layer):
+        layer(torch.ones(3))
+    layer(torch.ones(2))
+    assert [torch.equal(call(), result) for call, result in zip(calls, expected, strict=True)] == [True, True]
+    assert not layer._forward_pre_hooks
+
+
+def test_a_tensor_that_leaves_twice_is_watched_each_time():
+    x, arrived = torch.ones(1, requires_grad=True), []
+    first, second = (watched(x, lambda gradient: arrived.append(gradient.item())) for _ in range(2))
+    (2 * first + 5 * second).sum().backward()
+    assert sorted(arrived) == [2, 5]
+    assert x.grad.item() == 7
+    assert not x._backward_hooks

@@ -62,6 +62,35 @@ def test_class_probability_is_a_softmax_at_the_subject_or_the_target():
     assert by_target(torch.zeros(2, 3, 8, 8), None, CASES) == pytest.approx([weights[0, 2], weights[1, 2]])
 
 
+def test_the_gradients_of_metrics_are_their_slopes(clip):
+    """Along one direction; what is called without gradients is what is scored with them."""
+    generator = torch.Generator().manual_seed(2)
+    images, latents = torch.rand(2, 3, 8, 8, generator=generator), torch.randn(2, 4, 2, 2, generator=generator)
+    weights = torch.randn(3 * 64, 3, generator=generator)
+    metrics = [
+        CLIPScore(*clip),
+        ClassProbability(lambda images: images.flatten(1) @ weights, labels=["cat", "dog", "owl"]),
+        LatentDistance(),
+    ]
+    for metric in metrics:
+        given = (images, latents)
+        tracked = tuple(x.clone().requires_grad_() for x in given)
+        scores = metric.score(*tracked, CASES)
+        assert metric(*given, CASES) == pytest.approx(scores.detach().numpy(), rel=1e-6)
+        place = 0 if metric.needs_images else 1
+        (slope,) = torch.autograd.grad(scores[1], tracked[place])
+        towards = torch.zeros_like(given[place])
+        towards[1] = torch.randn(towards[1].shape, generator=generator)
+
+        def moved(by, metric=metric, place=place, towards=towards):
+            changed = [x + by * towards if i == place else x for i, x in enumerate((images, latents))]
+            return metric(*changed, CASES)[1]
+
+        expected = (moved(3e-3) - moved(-3e-3)) / 6e-3
+        assert abs(expected) > 1e-3
+        assert float((slope * towards)[1].sum()) == pytest.approx(expected, rel=2e-2)
+
+
 def test_a_class_that_is_not_there_is_an_error_before_any_work(tiny_pipe):
     import mediation
 

@@ -229,6 +229,8 @@ def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, m
         ({"batch_size": 2}, ValueError, "at least 3"),
         ({"num_inference_steps": 0}, ValueError, "at least 1"),
         ({"metric": "clip"}, TypeError, "a metric is a function"),
+        ({"metric": []}, ValueError, "metric is an empty list"),
+        ({"metric": [LatentDistance(), LatentDistance()]}, ValueError, "several metrics are called latent_distance"),
     ],
 )
 def test_bad_arguments_are_errors_before_any_work(tiny_pipe, monkeypatch, wrong, error, message):
@@ -239,6 +241,13 @@ def test_bad_arguments_are_errors_before_any_work(tiny_pipe, monkeypatch, wrong,
     monkeypatch.setattr(tiny_pipe.text_encoder, "forward", no_work)
     with pytest.raises(error, match=message):
         mediation.trace(tiny_pipe, CASE, **{**FAST, **wrong})
+
+
+def test_a_textual_inversion_token_of_several_vectors_is_an_error(fresh_pipe):
+    fresh_pipe.tokenizer.add_tokens(["<owl>", "<owl>_1"])  # as textual inversion with two vectors does
+    case = mediation.Case("a photo of <owl> in ink", subject="ink")
+    with pytest.raises(ValueError, match="of several vectors, which shifts all others"):
+        mediation.trace(fresh_pipe, case, metric=LatentDistance(), **FAST)
 
 
 def test_bad_cases_are_errors(tiny_pipe):

@@ -1,11 +1,16 @@
 """Parameters of a pipeline: their names, where they are, and fingerprints that tell one model from another."""
 
+import fnmatch
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.models.clip import modeling_clip
+
+from mediation.pipelines import family_of, tokenizers_of
+from mediation.sites import Site, resolve, sites
 
 _CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 # transformers < 5.6 wraps CLIPTextModel's layers in a module of this name, later versions do not
@@ -54,6 +59,72 @@ def locate(pipe: DiffusionPipeline, name: str) -> tuple[nn.Module, str]:
             raise ValueError(f"{name} is offloaded: edit the pipeline before offloading it")
         return module, attribute
     raise ValueError(f"this {type(pipe).__name__} has no parameter {name}: the edit is for another architecture")
+
+
+def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | None) -> dict[str, Site]:
+    """Names of parameters of the denoiser and the text encoders, each with the site that it is part of.
+
+    Args:
+        pipe: the pipeline.
+        chosen: sites, which stand for all their weights, biases and norms left out; globs that match names of sites;
+            or, where no site has such a name, globs that match names of parameters. None is the feed-forwards of the
+            denoiser.
+
+    Returns:
+        Name -> site, in execution order. What is in no site comes last, each module as a site of component "other",
+        with layer -1.
+
+    Raises:
+        KeyError: if an entry matches nothing.
+        TypeError: if one is neither a site nor a name.
+        ValueError: if a site is a single head, or there are no entries, or a parameter has no floating-point values.
+
+    Example:
+        >>> import mediation
+        >>> list(choose(mediation.load_pipeline(), "unet.mid.0.feed_forward"))  # doctest: +NORMALIZE_WHITESPACE
+        ['unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight',
+         'unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight']
+    """
+    family = family_of(pipe)
+    every = {
+        f"{network}.{path}": parameter
+        for network in (*tokenizers_of(pipe), family.denoiser)
+        for path, parameter in getattr(pipe, network).named_parameters()
+    }
+    if chosen is None:
+        chosen = sites(pipe, network=family.denoiser, component="feed_forward")
+    entries = [chosen] if isinstance(chosen, Site | str) else list(chosen)
+    if not entries:
+        raise ValueError("no parameters were given: pass None for the feed-forwards, or sites, or names")
+    wanted = {name for entry in entries for name in _matching(pipe, entry, every)}
+    for name in wanted:
+        if not every[name].is_floating_point():
+            raise ValueError(f"{name} holds {every[name].dtype}: load the pipeline without quantization")
+    named = [name for name in every if name in wanted]
+    inside = {name: site for site in sites(pipe) for name in named if name.startswith(f"{site.network}.{site.path}.")}
+    return inside | {name: _elsewhere(name) for name in named if name not in inside}
+
+
+def _matching(pipe: DiffusionPipeline, entry: Site | str, every: dict[str, nn.Parameter]) -> list[str]:
+    if isinstance(entry, str):
+        found = [site for site in sites(pipe) if fnmatch.fnmatchcase(site.name, entry)]
+        if not found and (names := fnmatch.filter(every, entry)):
+            return names
+        if not found:
+            names = ", ".join(list(every)[:2])
+            raise KeyError(f"{entry!r} matches no site and no parameter of a network; parameters look like {names}")
+    else:
+        ((entry,),) = resolve(pipe, [entry])
+        if entry.head is not None:
+            raise ValueError(f"{entry.name} is a single head, which has no weights of its own: name its attention")
+        found = [entry]
+    paths = [f"{site.network}.{site.path}." for site in found]
+    return [name for name in every if every[name].ndim > 1 and name.startswith(tuple(paths))]
+
+
+def _elsewhere(name: str) -> Site:
+    network, _, path = name.rpartition(".")[0].partition(".")
+    return Site(f"{network}.{path}.other", network, "other", -1, "", path)
 
 
 def fingerprint(pipe: DiffusionPipeline, name: str) -> dict:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 def provenance(pipe: DiffusionPipeline) -> dict[str, dict[str, str | None]]:
     """Names of a pipeline and versions of the packages that matter, ready for JSON."""
-    packages = ("diffusion-mediation", "torch", "transformers", "diffusers")
+    packages = ("diffusion-mediation", "torch", "transformers", "diffusers", "numpy")
     return {
         "pipeline": {"class": type(pipe).__name__, "name": pipe.name_or_path},
         "versions": {package: _version(package) for package in packages},

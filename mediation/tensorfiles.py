@@ -1,4 +1,4 @@
-"""Files of edits: safetensors, with readable JSON in the header and a checksum over everything."""
+"""Files of tensors: safetensors, with readable JSON in the header and a checksum over everything."""
 
 import hashlib
 import json
@@ -10,16 +10,15 @@ import safetensors
 import safetensors.torch
 import torch
 
-from editing.parameters import sha256
+from mediation.parameters import sha256
 
-FORMAT = "editing.Edit/1"
 _REMEDY = "save it again"
 
 
 def write(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Mapping], kind: str = FORMAT
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Mapping], kind: str
 ) -> None:
-    """Writes tensors and a header whose entries are JSON objects, as a file of this kind.
+    """Writes tensors and a header whose entries are JSON objects, as a file of this kind, such as "editing.Edit/1".
 
     Raises:
         ValueError: if the path does not end in ".safetensors", or the header is no JSON.
@@ -31,7 +30,7 @@ def write(
     path.write_bytes(content)
 
 
-def read(path: str | os.PathLike, kind: str = FORMAT) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Reads what `write` wrote.
 
     Raises:
@@ -41,7 +40,7 @@ def read(path: str | os.PathLike, kind: str = FORMAT) -> tuple[dict[str, torch.T
     tensors, texts = read_tensors(path)
     if texts.get("format") != kind:
         found = texts.get("format", "no format at all")
-        what = kind.removeprefix("editing.").partition("/")[0].lower()
+        what = kind.partition(".")[2].partition("/")[0].lower()
         raise ValueError(f"{path} is no {what} file: its header should name the format {kind!r}, and names {found!r}")
     if texts.pop("sha256", None) != _checksum(tensors, texts):
         raise ValueError(f"{path} was tampered with, or damaged: its checksum does not match; {_REMEDY}")
@@ -73,7 +72,9 @@ def checked_path(path: str | os.PathLike) -> pathlib.Path:
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"edit files end in .safetensors (pickles can run code, and are refused), got {path.name!r}")
+        raise ValueError(
+            f"files of tensors end in .safetensors (pickles can run code, and are refused), got {path.name!r}"
+        )
     return path
 
 

@@ -1,0 +1,90 @@
+"""Parameters: which ones a user means, what site they are part of, and what they are called in files."""
+
+import pytest
+
+import mediation
+from mediation.parameters import canonical, choose, native
+from tests import tiny
+
+
+def parameters(pipe, network="unet"):
+    return {f"{network}.{path}": parameter for path, parameter in getattr(pipe, network).named_parameters()}
+
+
+def test_the_default_is_the_weights_of_all_feed_forwards(tiny_pipe):
+    found = choose(tiny_pipe, None)
+    expected = {name for name, p in parameters(tiny_pipe).items() if ".ff." in name and p.ndim == 2}
+    assert set(found) == expected
+    assert len(found) == 32, "as in Stable Diffusion 1.x"
+    sites = mediation.sites(tiny_pipe, network="unet", component="feed_forward")
+    assert list(dict.fromkeys(found.values())) == sites, "in execution order"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_site_stands_for_its_weights_without_biases_and_norms(family):
+    pipe = tiny.FAMILIES[family]()
+    for site in mediation.sites(pipe):
+        found = choose(pipe, site)
+        inside = parameters(pipe, site.network)
+        modules = dict(site.module(pipe).named_parameters())
+        expected = {f"{site.network}.{site.path}.{path}" for path, p in modules.items() if p.ndim > 1}
+        assert set(found) == expected, site.name
+        assert expected, site.name
+        assert set(found.values()) == {site}
+        assert expected <= set(inside)
+
+
+def test_globs_are_of_sites_first_and_of_parameters_otherwise(tiny_pipe):
+    attentions = choose(tiny_pipe, ["unet.mid.*attention", "text_encoder.0.mlp"])
+    assert {site.name for site in attentions.values()} == {
+        "text_encoder.0.mlp",
+        "unet.mid.0.self_attention",
+        "unet.mid.0.cross_attention",
+    }
+    assert next(iter(attentions)).startswith("text_encoder."), "which run first"
+    biases = choose(tiny_pipe, "unet.mid_block.attentions.*.attn1.to_out.0.bias")
+    (site,) = biases.values()
+    assert site.name == "unet.mid.0.self_attention"
+    block = mediation.sites(tiny_pipe, component="block", block="mid")[0]
+    assert set(choose(tiny_pipe, block)) == {
+        name for name, p in parameters(tiny_pipe).items() if name.startswith("unet.mid_block.") and p.ndim > 1
+    }
+
+
+def test_what_is_in_no_site_is_told_by_its_module(tiny_pipe):
+    found = choose(tiny_pipe, ["unet.conv_in.*", "unet.mid.0.feed_forward"])
+    assert [site.component for site in found.values()] == ["feed_forward", "feed_forward", "other", "other"]
+    (other,) = {site for site in found.values() if site.component == "other"}
+    assert (other.name, other.network, other.layer, other.path) == ("unet.conv_in.other", "unet", -1, "conv_in")
+
+
+def test_mistakes(tiny_pipe):
+    with pytest.raises(KeyError, match=r"'unet\.engine' matches no site and no parameter"):
+        choose(tiny_pipe, "unet.engine")
+    with pytest.raises(KeyError, match=r"'vae\.\*' matches no site"):
+        choose(tiny_pipe, "vae.*")
+    with pytest.raises(ValueError, match="no parameters were given"):
+        choose(tiny_pipe, [])
+    with pytest.raises(ValueError, match="is a single head"):
+        choose(tiny_pipe, mediation.sites(tiny_pipe, heads=True)[0])
+    with pytest.raises(TypeError, match="sites are Site objects or names, got int"):
+        choose(tiny_pipe, [3])
+
+
+@pytest.mark.parametrize(
+    ("flat", "name"),
+    [
+        ("text_encoder_2.encoder.layers.3.mlp.fc2.weight", "text_encoder_2.text_model.encoder.layers.3.mlp.fc2.weight"),
+        ("text_encoder.final_layer_norm.weight", "text_encoder.text_model.final_layer_norm.weight"),
+        ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.o.weight", None),  # T5 has one layout
+        ("text_encoder_2.text_projection.weight", None),
+        ("unet.mid_block.attentions.0.proj_in.weight", None),
+    ],
+)
+def test_names_on_disk_are_those_of_checkpoints(flat, name, monkeypatch):
+    name = name or flat
+    assert canonical(flat) == canonical(name) == name
+    for wrapped, expected in ((True, name), (False, flat)):
+        monkeypatch.setattr("mediation.parameters._WRAPPED", wrapped)
+        assert native(name, "CLIPTextModel") == expected
+        assert native(name, "CLIPTextModelWithProjection") == name
