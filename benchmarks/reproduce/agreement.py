@@ -1,0 +1,105 @@
+"""Whether maps of different attributes differ by more than maps of one attribute's halves do.
+
+Two noisy maps of the same pattern never agree perfectly. Cases of each attribute are therefore split in halves, and
+rank correlations ρ between the maps of halves are compared: across attributes, and as far as reliability allows,
+
+    gap = sqrt(ρ(a₁, a₂) ρ(b₁, b₂)) − mean of ρ(aᵢ, bⱼ),
+
+which is about 0 if a and b have one pattern, whatever their strengths and noise (Spearman 1904, doi:10.2307/1412159, on
+attenuation). Intervals are percentiles over resampled cases; resampling adds noise to every ρ, so they lie low.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy
+import xarray
+from scipy import stats
+
+from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Claim, Estimate, Finding, by_place
+from mediation.intervals import nanmean
+
+# a gap that is smaller is no difference to speak of
+SMALL = 0.1
+N_RESAMPLES = 2000
+
+
+def differs(maps: Mapping[str, xarray.Dataset]) -> Claim:
+    """That knowledge is in different places of the denoiser for different attributes.
+
+    Args:
+        maps: by attribute, maps of one metric over the same sites.
+
+    Returns:
+        A claim whose findings, one per attribute and one for all, have the correlation with other attributes as their
+        estimate and the reliability as their control; the verdict is that of "all".
+    """
+    halves = [_halves(effects) for effects in maps.values()]
+    findings = []
+    if len(halves) > 1 and all(len(second) for _, second in halves):
+        rng = numpy.random.default_rng(0)
+        found = numpy.array([_statistics(halves), *(_statistics(_resampled(halves, rng)) for _ in range(N_RESAMPLES))])
+        for i, attribute in enumerate([*maps, "all"]):
+            across, within, gap = (_estimate(found[:, i, j]) for j in range(3))
+            verdict, reason = judge_gap(within, gap)
+            findings.append(Finding(attribute, "all sites", across, within, None, verdict, f"{reason}; gap {gap}"))
+    return Claim(
+        name="differs_by_attribute",
+        statement="Which sites of the U-Net carry knowledge differs by attribute.",
+        quantity="Spearman's ρ between maps of different attributes, from halves of their cases",
+        control="reliability: ρ between halves of one attribute, geometric mean of both attributes",
+        rule="the reliability's interval lies above 0, and so does the interval of the gap, reliability − ρ; not"
+        f" reproduced if the gap's interval lies below {SMALL}",
+        findings=tuple(findings),
+        verdict=findings[-1].verdict if findings else INCONCLUSIVE,
+    )
+
+
+def judge_gap(within: Estimate, gap: Estimate) -> tuple[str, str]:
+    """The verdict on attributes that differ, and why.
+
+    Example:
+        >>> judge_gap(Estimate(0.8, 0.7, 0.9), Estimate(0.5, 0.3, 0.6))[0]
+        'reproduced'
+    """
+    if not within.low > 0:
+        return INCONCLUSIVE, "halves of one attribute do not agree either"
+    if gap.low > 0:
+        return REPRODUCED, "attributes agree less with each other than with themselves"
+    if gap.high < SMALL:
+        return NOT_REPRODUCED, "attributes agree with each other as they do with themselves"
+    return INCONCLUSIVE, "the gap may be nothing, or may not"
+
+
+def _halves(effects: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Indirect effects (case, site) of every other case, and of those between."""
+    values = by_place(effects).mean("draw").transpose("case", "place").values
+    return values[::2], values[1::2]
+
+
+def _resampled(halves: Sequence[tuple[numpy.ndarray, numpy.ndarray]], rng: numpy.random.Generator) -> list:
+    """Cases drawn anew within each half, so that no case is in both."""
+    return [tuple(half[rng.integers(len(half), size=len(half))] for half in pair) for pair in halves]
+
+
+def _statistics(halves: Sequence[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
+    """ρ across, ρ within, and the gap: for each attribute with the others, and over all pairs."""
+    ranks = stats.rankdata([nanmean(half, 0) for pair in halves for half in pair], axis=1)
+    with numpy.errstate(invalid="ignore", divide="ignore"):  # a constant map has no ranks: NaN says so
+        rho = numpy.corrcoef(ranks)
+    n = len(halves)
+    across = rho.reshape(n, 2, n, 2).mean((1, 3))
+    own = numpy.clip([rho[2 * i, 2 * i + 1] for i in range(n)], 0, None)
+    within = numpy.sqrt(numpy.outer(own, own))
+    pairs = {i: [(i, j) for j in range(n) if j != i] for i in range(n)} | {n: list(itertools.combinations(range(n), 2))}
+    rows = []
+    for chosen in pairs.values():
+        i, j = zip(*chosen, strict=True)
+        rows.append((across[i, j].mean(), within[i, j].mean(), (within - across)[i, j].mean()))
+    return numpy.array(rows)
+
+
+def _estimate(values: numpy.ndarray) -> Estimate:
+    """The first value, with the percentile interval of the others."""
+    low, high = numpy.quantile(values[1:], (0.025, 0.975))
+    return Estimate(float(values[0]), float(low), float(high))

@@ -1,0 +1,1 @@
+"""What `benchmarks.reproduce.editing` edits, judges, chooses and shows."""

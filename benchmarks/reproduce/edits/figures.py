@@ -1,0 +1,130 @@
+"""Results as figures."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import matplotlib.figure
+import matplotlib.pyplot
+import numpy
+
+from benchmarks.reproduce.edits.causal import Agreement
+from benchmarks.reproduce.edits.experiments import EXPERIMENTS
+from benchmarks.reproduce.edits.pages import Result
+from editing.evaluation import UNEDITED
+
+# Told apart by colour and by shape.
+_SHARES = {
+    "gone": ("source gone", "o", "#7b6aa6"),
+    "target": ("target shown", "s", "#d98a29"),
+    "specificity": ("specificity", "^", "#3f8f8b"),
+}
+
+
+def draw(
+    results: Sequence[Result], agreements: Mapping[str, Sequence[Agreement]]
+) -> Iterator[tuple[str, matplotlib.figure.Figure]]:
+    """Every figure with its name: one for each experiment, and more where there is something to tell apart."""
+    for experiment in dict.fromkeys(result.experiment for result in results):
+        chosen, title = [r for r in results if r.experiment == experiment], EXPERIMENTS[experiment].question
+        if experiment == "lambdas":
+            recipes = chosen[0].recipes
+            for method in dict.fromkeys(recipe.method for recipe in recipes.values()):
+                x_of = {name: recipe.regularization for name, recipe in recipes.items() if recipe.method == method}
+                yield f"lambdas_{method}", draw_curves(chosen, x_of, "lambda", f"{method}: {title}")
+        elif experiment == "concepts":
+            x_of = {result.group: int(result.group.split()[0]) for result in chosen}
+            yield "concepts", draw_curves(_by_model(chosen), x_of, "concepts edited at once", title)
+        else:
+            yield experiment, draw_shares(chosen, title)
+    if agreements:
+        yield "layers_against_map", draw_agreements(agreements, "Edits by place against the causal map")
+
+
+def draw_shares(results: Sequence[Result], title: str) -> matplotlib.figure.Figure:
+    """For each group a panel, with a place for every model: shares with 95% intervals."""
+    n_models = max(len(result.rows) for result in results)
+    size = (0.45 * n_models * len(results) + 2.5, 3.8)
+    figure, axes = matplotlib.pyplot.subplots(
+        1, len(results), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, result in zip(axes[0], results, strict=True):
+        x = numpy.arange(len(result.rows))
+        _points(ax, x, result.rows)
+        ax.set_xticks(x, [row["model"] for row in result.rows], rotation=90, fontsize=7)
+        ax.set_title(result.group, fontsize=9)
+    _finish(figure, axes[0][0], title)
+    return figure
+
+
+def draw_curves(
+    results: Sequence[Result], x_of: Mapping[str, float], xlabel: str, title: str
+) -> matplotlib.figure.Figure:
+    """For each group a panel of shares against a number, with the unedited model's specificity as a line.
+
+    Args:
+        results: groups, whose rows share a model's kind.
+        x_of: model -> the number; models without one are left out.
+        xlabel: what the number is.
+        title: of the figure.
+    """
+    size = (3.6 * len(results) + 1.5, 3.4)
+    figure, axes = matplotlib.pyplot.subplots(
+        1, len(results), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, result in zip(axes[0], results, strict=True):
+        rows = [row for row in result.rows if row["model"] in x_of]
+        _points(ax, numpy.array([x_of[row["model"]] for row in rows]), rows, line="-")
+        for row in result.rows:
+            if row["model"] == UNEDITED:
+                ax.axhline(row["specificity"]["mean"], color=_SHARES["specificity"][2], linestyle=":", linewidth=1)
+        ax.set(xscale="log", xlabel=xlabel)
+        ax.set_title(result.group, fontsize=9)
+    _finish(figure, axes[0][0], title)
+    return figure
+
+
+def draw_agreements(agreements: Mapping[str, Sequence[Agreement]], title: str) -> matplotlib.figure.Figure:
+    """For each attribute and choice of tokens a panel: merit of the edit against indirect effect, by place."""
+    found = [(attribute, one) for attribute, ones in agreements.items() for one in ones]
+    size = (3.2 * len(found) + 0.5, 3.2)
+    figure, axes = matplotlib.pyplot.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
+    for ax, (attribute, one) in zip(axes[0], found, strict=True):
+        ax.plot(one.effects, one.merits, "o", color=_SHARES["gone"][2])
+        for site, x, y in zip(one.sites, one.effects, one.merits, strict=True):
+            ax.annotate(site.removeprefix("text_encoder."), (x, y), fontsize=6)
+        ax.set_title(f"{attribute}, {one.tokens}: rho {one.rho:.2f}", fontsize=9)
+        ax.set(xlabel="indirect effect", ylabel="merit of the edit")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _by_model(results: Sequence[Result]) -> list[Result]:
+    """The same rows, with models for groups and groups for models."""
+    models = [row["model"] for row in results[0].rows]
+    return [
+        dataclasses.replace(
+            results[0],
+            group=model,
+            rows=[row | {"model": result.group} for result in results for row in result.rows if row["model"] == model],
+        )
+        for model in models
+    ]
+
+
+def _points(ax, x: numpy.ndarray, rows: Sequence[Mapping], line: str = "none") -> None:
+    for name, (label, marker, color) in _SHARES.items():
+        kept = [i for i, row in enumerate(rows) if row[name] is not None]
+        mean, low, high = (numpy.array([rows[i][name][key] for i in kept]) for key in ("mean", "low", "high"))
+        style = {"fmt": marker, "linestyle": line, "markersize": 4, "color": color, "elinewidth": 0.8}
+        # Wilson's interval of a share of 1 ends at 1 but for rounding.
+        ax.errorbar(x[kept], mean, yerr=numpy.maximum(0, [mean - low, high - mean]), label=label, **style)
+
+
+def _finish(figure, first, title: str) -> None:
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_ylim(-0.02, 1.02)
+    first.set_ylabel("share of pictures")
+    first.legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
