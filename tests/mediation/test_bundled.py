@@ -80,7 +80,7 @@ def test_corrupting_the_style_hurts_and_restoring_the_text_doors_heals(pipe):
     effects = mediation.trace(
         pipe,
         case,
-        sites=[cross_attentions, "unet.down.0.0.resnet"],
+        sites=[cross_attentions, cross_attentions[0]],
         metric=[bundled.attribute_probability("style"), mediation.LatentDistance()],
         num_inference_steps=8,
         guidance_scale=4.0,
@@ -89,7 +89,7 @@ def test_corrupting_the_style_hurts_and_restoring_the_text_doors_heals(pipe):
     shares = mediation.indirect_effect(effects, normalize=True).sel(case=0, draw=0)
     assert float(mediation.total_effect(effects).sel(metric="probability_of_style").item()) > 0.5
     assert shares[0].values == pytest.approx([1, 1], abs=1e-3)
-    assert float(shares[1].sel(metric="latent_distance")) < 0.5
+    assert (shares[1] < 0.9).all(), "one of them alone does not"
 
 
 def test_the_default_metric_is_clip_score_for_the_bundled_model_alone(pipe, tiny_pipe):
