@@ -1,6 +1,9 @@
 """Runs of a tiny pipeline, and what tests ask of them."""
 
+import functools
+
 import torch
+import transformers
 
 from mediation import Case
 from mediation.pipelines import family_of, tokenizers_of
@@ -44,7 +47,26 @@ def double(pipe):
     """The pipeline in float64."""
     for network in (*networks(pipe), pipe.vae):
         torch.nn.Module.double(network)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        for name in tokenizers_of(pipe):
+            encoder = getattr(pipe, name)
+            encoder.forward = _with_double_constants(encoder.forward)
     return pipe
+
+
+def _with_double_constants(forward):
+    """transformers 4.x masks attention by the least float64 in a tensor of the default dtype, where it overflows."""
+
+    @functools.wraps(forward)
+    def wrapped(*arguments, **options):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return forward(*arguments, **options)
+        finally:
+            torch.set_default_dtype(before)
+
+    return wrapped
 
 
 def visited(pipe, prompt, seed, *, steps, guidance_scale):

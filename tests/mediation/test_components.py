@@ -13,7 +13,7 @@ from mediation import Attribution, attribute, tensorfiles
 from mediation.mapfiles import open_map, save_map
 from mediation.parameters import choose
 from tests import tiny
-from tests.runs import hooks_of, networks, visited
+from tests.runs import double, hooks_of, networks, visited
 
 CONCEPT, BASE, STEPS, GUIDANCE, SEED = "a ink cat", "a photo", 2, 3.0, 5
 OPTIONS = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "progress": False}
@@ -24,7 +24,7 @@ KINDS += ["unet.conv_out.weight"]
 
 @pytest.fixture(scope="module")
 def double_pipe():
-    return tiny.stable_diffusion().to(torch.float64)
+    return double(tiny.stable_diffusion())
 
 
 @pytest.fixture(scope="module")
