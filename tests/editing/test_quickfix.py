@@ -1,6 +1,7 @@
 """Diff-QuickFix on a tiny SD 1.x: its result against the paper's formula, and everything it must refuse."""
 
 import copy
+import importlib.metadata
 import json
 import time
 
@@ -260,7 +261,7 @@ def test_metadata_is_plain_json_and_enough_to_make_the_edit_again(tiny_pipe):
     )
     metadata = json.loads(json.dumps(dict(edit.metadata)))
     assert metadata == dict(edit.metadata)
-    assert metadata["versions"]["torch"] == torch.__version__
+    assert metadata["versions"]["torch"] == importlib.metadata.version("torch")
     assert metadata["pipeline"]["class"] == "StableDiffusionPipeline"
     arguments = {key: metadata[key] for key in ("pairs", "templates", "regularization", "tokens", "weights")}
     prompts = [editing.Prompt(text, weight) for text, weight in metadata["preserve_prompts"].items()]
