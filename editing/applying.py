@@ -8,24 +8,13 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from editing.updates import Update
 from mediation.parameters import locate, mismatch, sha256
-
-
-class Update(Protocol):
-    """What an edit does to one parameter."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
-
-    def dense(self) -> torch.Tensor:
-        """The change, float64."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ one procedure between seeds, and between the procedures, each averaged over its 
 
 Writes report.json and report.md.
 
-Run: python -m benchmarks.speed.attribution --output runs/speed/attribution        about ten minutes on two free cores
+Run: python -m benchmarks.speed.attribution --output runs/speed/attribution   by estimate ten minutes on two free cores
 """
 
 import argparse

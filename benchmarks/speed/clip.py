@@ -7,6 +7,16 @@ import transformers
 
 from tests import tiny
 
+# The configuration of openai/clip-vit-large-patch14, where it differs from the defaults of `tests.tiny`.
+TEXT_ENCODER = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+
 # 10,000 words of one token each; "m" would take part in "im", which "image" brings along
 _CONSONANTS, _VOWELS = "bcdfghjklnpqrstvwxyz", "aeiou"
 _WORDS = tuple(map("".join, itertools.product(_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS)))
@@ -18,15 +28,9 @@ def load() -> diffusers.StableDiffusionPipeline:
 
     The encoder embeds 49,408 tokens, of which the tokenizer uses about a quarter.
     """
-    text_encoder = {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    }
-    return tiny.stable_diffusion(tokenizer=tokenizer(), text_encoder=text_encoder, unet={"cross_attention_dim": 768})
+    return tiny.stable_diffusion(
+        tokenizer=tokenizer(), text_encoder=dict(TEXT_ENCODER), unet={"cross_attention_dim": 768}
+    )
 
 
 def tokenizer() -> transformers.CLIPTokenizer:

@@ -3,7 +3,7 @@
 One concept, from prompts to factors; one to a thousand concepts with as many preserved; and the solve against a float64
 least-squares solution of another kind. Everything is measured in one run. Writes report.json, report.md, report.png.
 
-Run: python -m benchmarks.speed.editing --output runs/speed/editing          about ten minutes on two free cores
+Run: python -m benchmarks.speed.editing --output runs/speed/editing          by estimate ten minutes on two free cores
 """
 
 import argparse
@@ -118,7 +118,7 @@ def _report(options: argparse.Namespace) -> Mapping:
 def main() -> None:
     """Measures, and writes results as JSON, as a table and as a figure."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="About ten minutes on two free cores; --largest shortens it."
+        description=__doc__.splitlines()[0], epilog="By estimate ten minutes on two free cores; --largest shortens it."
     )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/speed/editing"))
     parser.add_argument("--threads", type=int, default=2, help="of torch")

@@ -16,6 +16,7 @@ import numpy
 import torch
 
 import mediation
+from benchmarks.speed.clip import TEXT_ENCODER
 from mediation.encoding import encode_rows
 from mediation.hooks import hooked
 from mediation.metrics import Metric, default_metric, evaluate
@@ -62,14 +63,7 @@ def load(name: str) -> diffusers.DiffusionPipeline:
         return mediation.load_pipeline()
     # The configurations of CompVis/stable-diffusion-v1-4, where they differ from the defaults of `tests.tiny`.
     return tiny.stable_diffusion(
-        text_encoder={
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "projection_dim": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
+        text_encoder=dict(TEXT_ENCODER),
         unet={
             "sample_size": _SD14_LATENTS,
             "block_out_channels": (320, 640, 1280, 1280),
