@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.emoji.train_unet import SMALLEST_VARIANCE, Whitening, build
+from benchmarks.emoji.train_unet import SMALLEST_VARIANCE, Whitening, build, optimizers
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,20 @@ def test_the_denoiser_predicts_the_same_from_whitened_states_and_after_folding_f
     torch.testing.assert_close(whitening.fold(unfolded)(latents, 500, plain).sample, expected, atol=1e-5, rtol=1e-4)
     # the two read their states differently, so that nothing of this is trivial
     assert (unfolded(latents, 500, plain).sample - expected).abs().max() > 1e-3
+
+
+def test_every_weight_is_optimised_once_and_kernels_through_matrices_that_share_their_memory():
+    torch.manual_seed(0)
+    unet = build()
+    both = optimizers(unet, lr=1e-3)
+    given = [p for optimizer in both.values() for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(p.data_ptr() for p in given) == sorted(p.data_ptr() for p in unet.parameters())
+    assert all(p.ndim == 2 for group in both["muon"].param_groups for p in group["params"])
+
+    before = {name: weight.clone() for name, weight in unet.named_parameters()}
+    text = torch.randn(2, 32, 192)
+    unet(torch.randn(2, 4, 16, 16), 500, text).sample.square().sum().backward()
+    for optimizer in both.values():
+        optimizer.step()
+    still = [name for name, weight in unet.named_parameters() if torch.equal(weight, before[name])]
+    assert not still
