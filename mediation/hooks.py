@@ -3,10 +3,11 @@
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -98,6 +99,42 @@ def recorded_calls(module: nn.Module) -> Iterator[list[Callable[[], object]]]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def represented(module: nn.Module, choose: Callable[[torch.Tensor], Sequence[int]]) -> Iterator[None]:
+    """Lets a module compute some rows of its batch, which stand for the others in its output.
+
+    Hooks that others left on the module see the rows that are computed.
+
+    Args:
+        module: called with tensors of as many rows as its first argument, and whatever else; returns such tensors.
+        choose: given the first argument, says of each row which one stands for it: itself, if it is to be computed.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with represented(layer, lambda rows: [0, 0, 2]):
+        ...     layer(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 1., 3.])
+    """
+    places = None
+
+    def select(_module, arguments, options):
+        nonlocal places
+        n_rows = len(arguments[0])
+        computed, places = torch.tensor(choose(arguments[0])).unique(return_inverse=True)
+        if len(computed) == n_rows:
+            places = None
+            return None
+        return pytree.tree_map(lambda leaf: leaf[computed] if _has_rows(leaf, n_rows) else leaf, (arguments, options))
+
+    def repeat(_module, _arguments, output):
+        return output if places is None else pytree.tree_map(lambda rows: rows[places], output)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(select, prepend=True, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(repeat).remove)
+        yield
+
+
 def watched(tensor: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """The same tensor; its gradient is passed to `receive` on the way back, and the hook goes with the graph.
 
@@ -116,6 +153,10 @@ class _Reached(Exception):
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.value = value
+
+
+def _has_rows(leaf: object, n_rows: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == n_rows
 
 
 def _on_output(function: Change, n_calls: collections.Counter):

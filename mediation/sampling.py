@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 
 from mediation.cases import Case
 from mediation.encoding import encode_rows
+from mediation.hooks import represented
 from mediation.interventions import Copy
 from mediation.pipelines import family_of, quiet
 from mediation.rows import N_CONTROLS, Intervention, Target, intervening
+from mediation.waiting import Waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ def sample_rows(
 ) -> torch.Tensor:
     """Samples the clean row, the corrupted row, and one row per intervention.
 
+    The denoiser computes a row from the step on in which it is first changed; until then it is the run it starts as.
+
     Returns:
         Final latents, (row, channel, height, width): row 0 is the clean run, row 1 the corrupted run, both untouched.
     """
@@ -64,15 +68,19 @@ def sample_rows(
     n_rows = N_CONTROLS + len(rows)
     conditioning = encode_rows(pipe, case, draw, rows)
     progress = _Progress(pipe)
-    offsets = [i * n_rows for i in sampling.changed_halves(family.guidance_halves)]
+    waiting = Waiting(rows, family.denoiser)
+    halves = sampling.changed_halves(family.guidance_halves)
 
     def copies(target: Target, features: slice) -> list[Copy]:
         if not target.intervention.covers(progress.fraction):
             return []
-        donor = target.intervention.donor
-        return [Copy(offset + donor, offset + target.row, features=features) for offset in offsets]
+        involved = target.intervention.donor, target.row
+        return [Copy(*waiting.places(half, involved), features=features) for half in halves]
 
-    with intervening(pipe, rows, [family.denoiser], copies):
+    def stand_ins(latents: torch.Tensor) -> list[int]:
+        return waiting.stand_ins(latents, progress.fraction)
+
+    with represented(getattr(pipe, family.denoiser), stand_ins), intervening(pipe, rows, [family.denoiser], copies):
         latents = starting_latents(pipe, case, n_rows)
         return denoise(pipe, case, conditioning, latents, sampling, on_step_end=progress.advance)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mediation.hooks import hooked, input_of, recorded_calls, watched
+from mediation.hooks import hooked, input_of, recorded_calls, represented, watched
 
 
 class Skipping(nn.Module):
@@ -76,3 +76,35 @@ def test_a_tensor_that_leaves_twice_is_watched_each_time():
     assert sorted(arrived) == [2, 5]
     assert x.grad.item() == 7
     assert not x._backward_hooks
+
+
+class Scaling(nn.Module):
+    """Called as a U-Net is: rows, a number for all of them, and more of each row in keywords."""
+
+    def forward(self, rows, factor, *, shift, more):
+        return factor * rows + shift + more["scale"], rows
+
+
+def test_rows_that_others_stand_for_are_not_computed():
+    module, seen = Scaling(), []
+    rows, factor = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(10.0)
+    options = {"shift": torch.arange(4.0), "more": {"scale": 0.5}}
+    handle = module.register_forward_hook(lambda module, args, output: seen.append((len(args[0]), len(output[0]))))
+    everything = module(rows, factor, **options)
+    with represented(module, lambda rows: [0, 2, 2, 0]):
+        some = module(rows, factor, **options)
+    with represented(module, lambda rows: range(4)):
+        all_rows = module(rows, factor, **options)
+    handle.remove()
+    assert seen == [(4, 4), (2, 2), (4, 4)]
+    for computed, expected in zip(some, everything, strict=True):
+        assert torch.equal(computed, expected[[0, 2, 2, 0]])
+    assert all(torch.equal(one, other) for one, other in zip(all_rows, everything, strict=True))
+
+
+def test_nothing_stands_for_rows_after_an_error():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), represented(layer, lambda rows: [0, 0]):
+        layer(torch.ones(2, 3))
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks

@@ -1,0 +1,151 @@
+"""Rows that wait for their window: the same maps, for fewer evaluations of the denoiser."""
+
+import diffusers
+import numpy
+import pytest
+import torch
+
+import mediation
+from benchmarks.speed.sweeps import counting
+from mediation import Case, LatentDistance, ReplaceSubject
+from mediation.rows import CLEAN, CORRUPTED, Intervention
+from mediation.sampling import Sampling, sample_rows
+from mediation.waiting import Waiting
+from tests import tiny
+from tests.runs import CASE, SAMPLING, double, rms
+
+SITES = ["unet.mid.0.resnet", "unet.down.1.0.self_attention", "unet.up.2.1.cross_attention"]
+N_STEPS = 4
+WINDOWS = [(0.0, 0.5), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0)]
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "multistep": diffusers.DPMSolverMultistepScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+}
+
+
+class RowNoise(diffusers.DDIMScheduler):
+    """Sets the rows of a batch apart, as schedulers with a noise sampler of their own do."""
+
+    def step(self, model_output, timestep, sample, **options):
+        noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(int(timestep)), dtype=sample.dtype)
+        return super().step(model_output, timestep, sample + 0.1 * noise, **options)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return double(tiny.stable_diffusion())
+
+
+def use(monkeypatch, pipe, scheduler):
+    monkeypatch.setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config))
+
+
+def traced(pipe, **options):
+    """A map, and how many rows the denoiser computed in each half of guidance."""
+    given = {"sites": SITES, "windows": WINDOWS, "metric": LatentDistance(), "num_inference_steps": N_STEPS}
+    with counting(pipe) as counter:
+        effects = mediation.trace(pipe, CASE, **(given | {"guidance_scale": 4.0, "progress": False} | options))
+    return effects, counter["rows"] / 2
+
+
+def without_waiting(monkeypatch):
+    monkeypatch.setattr(Waiting, "_may_wait", lambda *args: False)
+
+
+def largest_difference(a, b):
+    return max(float(abs(a[name] - b[name]).max()) for name in ("clean", "corrupted", "sham", "restored"))
+
+
+# diffusers' Euler scheduler makes arrays of tensors in a way that numpy 2 deprecates
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["restore", "knock_out"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_maps_are_the_same_and_fewer_rows_are_computed(pipe, monkeypatch, scheduler, mode):
+    """In float64, so that nothing but rounding can hide: 1e-9 of the total effect."""
+    use(monkeypatch, pipe, SCHEDULERS[scheduler])
+    shared, n_shared = traced(pipe, mode=mode)
+    without_waiting(monkeypatch)
+    apart, n_apart = traced(pipe, mode=mode)
+    total = float(mediation.total_effect(apart).squeeze())
+    assert total > 1e-3
+    assert float(abs(mediation.indirect_effect(apart)).max()) > 1e-3 * total
+    assert largest_difference(shared, apart) < 1e-9 * total
+    assert n_shared < 0.75 * n_apart
+
+
+@pytest.mark.parametrize("family", [tiny.stable_diffusion_2, tiny.stable_diffusion_xl])
+def test_other_families_share_all_that_their_denoiser_reads(monkeypatch, family):
+    pipe = double(family())
+    sites = {"sites": [site.name for site in mediation.sites(pipe, network="unet", block="mid")]}
+    shared, n_shared = traced(pipe, **sites)
+    without_waiting(monkeypatch)
+    apart, n_apart = traced(pipe, **sites)
+    assert largest_difference(shared, apart) < 1e-9 * float(mediation.total_effect(apart).squeeze())
+    assert n_shared < 0.75 * n_apart
+
+
+def test_the_denoiser_computes_the_controls_and_what_was_changed_so_far(tiny_pipe):
+    """Three sites: clean, corrupted and the sham row at every step, and each other row from its window's start."""
+    _, n_rows = traced(tiny_pipe)
+    steps_to_the_end = [sum(step / N_STEPS >= start for step in range(N_STEPS)) for start, _ in WINDOWS]
+    assert steps_to_the_end == [4, 3, 2, 1]
+    assert n_rows == 3 * N_STEPS + len(SITES) * sum(steps_to_the_end)
+
+
+@pytest.mark.parametrize(
+    ("windows", "n_expected", "n_without"),
+    [("each", 132, 216), ([(0.0, 0.5), (0.5, 1.0)], 60, 72)],
+)
+def test_the_gain_that_the_guide_states(tiny_pipe, monkeypatch, windows, n_expected, n_without):
+    """Three sites and eight steps, of which a row with a window of one step takes 4.5 on average, for 8."""
+    options = {"windows": windows, "num_inference_steps": 8}
+    assert traced(tiny_pipe, **options)[1] == n_expected
+    without_waiting(monkeypatch)
+    assert traced(tiny_pipe, **options)[1] == n_without
+
+
+def test_a_window_without_a_step_costs_nothing_and_changes_nothing(tiny_pipe):
+    effects, n_rows = traced(tiny_pipe, windows=[(0.3, 0.4)])
+    assert n_rows == 3 * N_STEPS
+    numpy.testing.assert_array_equal(effects.restored, effects.sham)
+
+
+def test_rows_that_the_scheduler_sets_apart_are_computed(pipe, monkeypatch):
+    use(monkeypatch, pipe, RowNoise)
+    shared, n_shared = traced(pipe)
+    without_waiting(monkeypatch)
+    apart, n_apart = traced(pipe)
+    n_waiting_at_first = sum(start > 0 for start, _ in WINDOWS) * len(SITES)
+    assert n_shared == n_apart - n_waiting_at_first  # all start from the same latents
+    assert largest_difference(shared, apart) < 1e-9 * float(mediation.total_effect(apart).squeeze())
+
+
+def test_a_row_with_text_of_its_own_does_not_wait(tiny_pipe):
+    """Its text encoder was restored from the beginning, whatever its window says of the denoiser."""
+    case = Case(CASE.prompt, subject="cat", corruption=ReplaceSubject("dog"), seed=3)
+    text = mediation.sites(tiny_pipe, network="text_encoder", component="block")[-1]
+    late = mediation.sites(tiny_pipe, name="unet.mid.0.resnet")[0]
+    rows = [Intervention((text, late), window=(0.7, 1.0))]
+    latents = sample_rows(tiny_pipe, case, 0, rows, SAMPLING)
+    damage = rms(latents[CORRUPTED], latents[CLEAN])
+    assert damage > 1e-3
+    assert rms(latents[2], latents[CLEAN]) < 1e-3 * damage
+
+
+@pytest.mark.parametrize(("branch", "guidance_scale"), [("cond", 1.0), ("cond", 4.0), ("uncond", 4.0), ("both", 4.0)])
+def test_a_late_row_is_the_row_that_is_computed_alone(pipe, monkeypatch, branch, guidance_scale):
+    """With company that waits for longer, and without any waiting."""
+    site = (mediation.sites(pipe, name="unet.mid.0.resnet")[0],)
+    rows = [Intervention(site, window=(start, 1.0)) for start in (0.75, 0.5, 0.25)]
+    sampling = Sampling(N_STEPS, guidance_scale, branch)
+    shared = sample_rows(pipe, CASE, 0, rows, sampling)
+    without_waiting(monkeypatch)
+    for row, intervention in enumerate(rows, start=2):
+        alone = sample_rows(pipe, CASE, 0, [intervention], sampling)
+        effect = rms(alone[2], alone[CORRUPTED])
+        assert effect > 1e-8  # of latents of order one: a late change of random weights does little
+        assert rms(shared[row], alone[2]) < 1e-6 * effect
