@@ -24,7 +24,7 @@ from mediation.metrics import LatentDistance, Metric, check_differentiable, eval
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.plans import Plan
 from mediation.rows import CLEAN, N_CONTROLS, Intervention, Target, changing
-from mediation.sampling import denoise, starting_latents
+from mediation.sampling import denoise, sample_alone, starting_latents
 
 
 def attribution_patching(pipe: DiffusionPipeline, plan: Plan, *, integrated: int = 1) -> dict[str, numpy.ndarray]:
@@ -105,8 +105,7 @@ def _estimate(
     text = encode_rows(pipe, case, draw, ())
     finals = {}
     with torch.no_grad(), recorded_calls(getattr(pipe, family_of(pipe).denoiser)) as calls:
-        given = {keyword: value[[donor]] for keyword, value in text.items()}
-        finals[donor] = denoise(pipe, case, given, starting_latents(pipe, case, 1), plan.sampling)
+        finals[donor] = sample_alone(pipe, case, text, donor, plan.sampling)
     effects = numpy.zeros((len(plan.metrics), len(jobs)))
     for points, weights in _batches(integrated, plan.batch_size):
         watch = _Watch(pipe, plan, jobs, calls)

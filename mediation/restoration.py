@@ -1,6 +1,7 @@
 """The exact backend: put one site of a run into another run, at every step, and measure what that changes.
 
-Cost grows with cases × draws × sites (× tokens × windows): one row of sampling each, and two more per chunk.
+Cost grows with cases × draws × sites (× tokens × windows): one row of sampling each, and two more per chunk. For n rows
+in chunks of c, batch_size being c + 2, the denoiser computes at most n + 2 ⌈n / c⌉ + c rows at every step.
 """
 
 import gc
@@ -15,11 +16,12 @@ from tqdm import tqdm
 
 from mediation.album import Album
 from mediation.cases import Case
+from mediation.encoding import encode_rows
 from mediation.metrics import evaluate, images_for
 from mediation.pipelines import family_of
 from mediation.plans import Plan
 from mediation.rows import N_CONTROLS, Intervention
-from mediation.sampling import sample_rows
+from mediation.sampling import sample_alone, sample_rows
 
 _CONTROLS = ("clean", "corrupted")  # in the order of their rows
 
@@ -28,7 +30,8 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
     """Runs every intervention of a plan (Basu et al. 2024, arXiv:2310.13730, section 3).
 
     Every chunk carries its own clean and corrupted row. One of them is the donor, which the others copy from; the other
-    is the sham row, in which nothing is changed. Chunks of one case are filled up to the same number of rows.
+    is the sham row, in which nothing is changed. What the sham rows are compared with is computed once more: in the
+    last chunk or, if the others fill it, alone. Chunks of one case are filled up to the same number of rows.
 
     Returns:
         clean, corrupted: (case, draw, metric); sham, restored: (case, draw, site, token, window, metric), where sham is
@@ -38,7 +41,7 @@ def restoration(pipe: DiffusionPipeline, plan: Plan) -> dict[str, numpy.ndarray]
     values = plan.blank()
     album = Album(plan)
     untouched = Intervention(mode=plan.mode)
-    jobs = [[(None, untouched), *plan.interventions(pipe, case)] for case in plan.cases]
+    jobs = [[*plan.interventions(pipe, case), (None, untouched)] for case in plan.cases]
     n_rows = plan.n_draws * sum(map(len, jobs))
     with tqdm(total=n_rows, desc="tracing", unit="row", disable=None if plan.progress else True) as bar:
         for c, draw, chunk, measured in _measured_chunks(pipe, plan, jobs, album):
@@ -63,11 +66,13 @@ def _measured_chunks(
             pending = jobs[c]
             size = _even_size(len(pending), capacity)
             while pending:
-                chunk = pending[:size]
+                # the last job, the untouched run, needs no controls: it is no reason for another chunk
+                n_next = len(pending) if len(pending) == size + 1 else size
+                chunk = pending[:n_next]
                 rows = [intervention for _, intervention in chunk]
                 rows += [Intervention(mode=plan.mode)] * (size - len(chunk))
                 places = album.places(chunk)
-                found = _measure_if_it_fits(pipe, plan, case, draw, rows, list(places))
+                found = _measure_if_it_fits(pipe, plan, case, draw, rows, size, list(places))
                 if found is None:
                     capacity = size // 2
                     size = _even_size(len(pending), capacity)
@@ -75,27 +80,28 @@ def _measured_chunks(
                     measured, images = found
                     album.add(c, draw, list(places.values()), images)
                     yield c, draw, chunk, measured
-                    pending = pending[size:]
+                    pending = pending[n_next:]
 
 
 def _even_size(n_jobs: int, capacity: int) -> int:
-    """The size at which the fewest chunks are about equally full."""
-    return math.ceil(n_jobs / math.ceil(n_jobs / capacity))
+    """The size at which the fewest chunks, not counting the last job, are about equally full."""
+    n_chunks = max(1, math.ceil((n_jobs - 1) / capacity))
+    return min(capacity, math.ceil(n_jobs / n_chunks))
 
 
 def _measure_if_it_fits(
-    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], pictured: list[int]
+    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], size: int, pictured: list[int]
 ) -> tuple[numpy.ndarray, torch.Tensor] | None:
     """What `_measure` returns, or None if memory ran out and fewer rows could still do."""
     try:
-        return _measure(pipe, plan, case, draw, rows, pictured)
+        return _measure(pipe, plan, case, draw, rows, size, pictured)
     except RuntimeError as error:
-        if len(rows) == 1 or not _is_out_of_memory(error):
+        if size == 1 or not _is_out_of_memory(error):
             raise
     # Only here is the error gone, and with it the tensors of the frames that it came through.
     gc.collect()
     torch.cuda.empty_cache()
-    n_tried, n_next = len(rows) + N_CONTROLS, len(rows) // 2 + N_CONTROLS
+    n_tried, n_next = size + N_CONTROLS, size // 2 + N_CONTROLS
     warnings.warn(
         f"out of memory with batch_size={n_tried}: going on with at most {n_next} rows, and the same results but for"
         " rounding",
@@ -111,10 +117,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 @torch.no_grad()
 def _measure(
-    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], pictured: list[int]
+    pipe, plan: Plan, case: Case, draw: int, rows: list[Intervention], size: int, pictured: list[int]
 ) -> tuple[numpy.ndarray, torch.Tensor]:
-    """Values of every metric, (metric, row), and the images of the rows in `pictured`."""
-    latents = sample_rows(pipe, case, draw, rows, plan.sampling)
+    """Values of every metric, (metric, row), and the images of the rows in `pictured`.
+
+    The first `size` of `rows` are sampled together, behind their controls; one that is left over is untouched.
+    """
+    latents = sample_rows(pipe, case, draw, rows[:size], plan.sampling)
+    if len(rows) > size:
+        text = encode_rows(pipe, case, draw, ())
+        latents = torch.cat([latents, sample_alone(pipe, case, text, rows[-1].sham, plan.sampling)])
     images = images_for(pipe, plan.metrics, latents)
     measured = evaluate(plan.metrics, images, latents, [case] * len(latents))
     if not pictured:

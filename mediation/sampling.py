@@ -85,6 +85,25 @@ def sample_rows(
         return denoise(pipe, case, conditioning, latents, sampling, on_step_end=progress.advance)
 
 
+def sample_alone(
+    pipe: DiffusionPipeline, case: Case, conditioning: Mapping[str, torch.Tensor], run: int, sampling: Sampling
+) -> torch.Tensor:
+    """Samples the clean or the corrupted run without the other.
+
+    Args:
+        pipe: the pipeline.
+        case: what is sampled.
+        conditioning: of both runs, as of `encode_rows`.
+        run: `rows.CLEAN` or `rows.CORRUPTED`.
+        sampling: how.
+
+    Returns:
+        Final latents, (1, channel, height, width).
+    """
+    own = {keyword: value[[run]] for keyword, value in conditioning.items()}
+    return denoise(pipe, case, own, starting_latents(pipe, case, 1), sampling)
+
+
 def starting_latents(pipe: DiffusionPipeline, case: Case, n_rows: int) -> torch.Tensor:
     """The latents that every run of a case starts from, (row, channel, height, width)."""
     family = family_of(pipe)
