@@ -4,7 +4,7 @@ from mediation.cases import Case, GaussianNoise, ReplaceSubject
 from mediation.comparison import compare, contrast
 from mediation.components import attribute
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
-from mediation.metrics import ClassProbability, CLIPScore, LatentDistance
+from mediation.metrics import LPIPS, ClassProbability, CLIPScore, LatentDistance
 from mediation.pipelines import load_pipeline
 from mediation.plots import plot_bars, plot_effects, plot_images
 from mediation.sites import Site, sites
@@ -14,6 +14,7 @@ from mediation.verification import verification
 from mediation.weightscores import Attribution
 
 __all__ = [
+    "LPIPS",
     "Attribution",
     "CLIPScore",
     "Case",

@@ -58,6 +58,47 @@ class LatentDistance(DifferentiableMetric):
         return -difference.square().mean((1, 2, 3)).sqrt()
 
 
+class LPIPS(DifferentiableMetric):
+    """Minus the LPIPS distance of an image from the clean run's (Zhang et al. 2018, arXiv:1801.03924); that scores 0.
+
+    It needs the extra `lpips`, which brings torchvision. The first use of a network downloads its ImageNet weights
+    from pytorch.org; they are pickled, as those of that package are.
+
+    Args:
+        net: whose features are compared: "alex", of which the authors say that it does best, "vgg" or "squeeze".
+
+    Raises:
+        ValueError: if there is no such network.
+        ImportError: if the package cannot be imported.
+
+    Example:
+        >>> distance = LPIPS("vgg")  # doctest: +SKIP
+        >>> LPIPS("resnet")
+        Traceback (most recent call last):
+        ValueError: net must be alex, vgg or squeeze, got 'resnet'
+    """
+
+    name = "lpips"
+    needs_images = True
+
+    def __init__(self, net: str = "alex"):
+        if net not in ("alex", "vgg", "squeeze"):
+            raise ValueError(f"net must be alex, vgg or squeeze, got {net!r}")
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError(
+                f'LPIPS needs the lpips package: pip install "diffusion-mediation[lpips]" ({error})'
+            ) from error
+        self._network = lpips.LPIPS(net=net, verbose=False)
+        self.options = {"net": net}
+
+    def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients; at the clean run they are 0, the distance being least there."""
+        images = images.float()
+        return -self._network.to(images.device)(images, images[:1], normalize=True).flatten()
+
+
 class CLIPScore(DifferentiableMetric):
     """Cosine similarity of an image and a text, times `scale` (Hessel et al. 2021, arXiv:2104.08718, without clipping).
 

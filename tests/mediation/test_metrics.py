@@ -1,12 +1,17 @@
 """Metrics against the formula typed anew."""
 
+import sys
+import types
+
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
-from mediation import Case, ClassProbability, CLIPScore, LatentDistance
+import mediation
+from mediation import LPIPS, Case, ClassProbability, CLIPScore, LatentDistance
+from mediation.metrics import metric_options
 from tests import tiny
 
 CASES = [Case("a cat", subject="cat"), Case("a dog in ink style", subject="dog")]
@@ -53,6 +58,39 @@ def test_clip_score_takes_another_text_and_resizes_images(clip):
     assert score(images, None, CASES) == pytest.approx(CLIPScore(model, words)(images[:, :, :8, :8], None, same_case))
 
 
+class SquaredDistance(torch.nn.Module):
+    """Stands for `lpips.LPIPS`: called in the same way, on images that it brings to [-1, 1] when told that it must."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        self.net, self.verbose = net, verbose
+
+    def forward(self, in0, in1, normalize=False):
+        scale = 2 if normalize else 1
+        return (scale * (in0 - in1)).square().mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_is_minus_the_distance_of_the_package_from_the_clean_image(monkeypatch, tiny_pipe):
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=SquaredDistance))
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    metric = LPIPS("vgg")
+    pixels = images.numpy()
+    expected = [-((2 * image - 2 * pixels[0]) ** 2).mean() for image in pixels]
+    assert metric(images, None, CASES) == pytest.approx(expected, rel=1e-5)
+    assert metric(images.bfloat16(), None, CASES) == pytest.approx(expected, rel=2e-2)
+    assert (metric.name, metric_options(metric)) == ("lpips", {"net": "vgg"})
+    with pytest.raises(ValueError, match="lpips is least at the clean run"):
+        mediation.trace(tiny_pipe, CASES[0], metric=metric, mode="knock_out", backend="attribution_patching")
+
+
+def test_lpips_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"LPIPS needs the lpips package: pip install .*\[lpips\]"):
+        LPIPS()
+    with pytest.raises(ValueError, match="net must be alex, vgg or squeeze, got 'resnet'"):
+        LPIPS("resnet")
+
+
 def test_class_probability_is_a_softmax_at_the_subject_or_the_target():
     logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 5.0]])
     weights = numpy.exp(logits.numpy()) / numpy.exp(logits.numpy()).sum(1, keepdims=True)
@@ -92,8 +130,6 @@ def test_the_gradients_of_metrics_are_their_slopes(clip):
 
 
 def test_a_class_that_is_not_there_is_an_error_before_any_work(tiny_pipe):
-    import mediation
-
     with pytest.raises(ValueError, match="no label of this classifier"):
         ClassProbability(lambda images: images, labels=["cat"], target="ink")
     with pytest.raises(ValueError, match=r"the subject 'dog' is no label.*pass target"):
