@@ -1,0 +1,42 @@
+"""The README does what it says: its Python runs, and its links lead somewhere."""
+
+import functools
+import pathlib
+import re
+
+import matplotlib.pyplot
+import PIL.Image
+import pytest
+import torch
+
+import mediation
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_runs(tmp_path, monkeypatch):
+    """As written, but for the steps of tracing: one, in place of 25."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mediation, "trace", functools.partial(mediation.trace, num_inference_steps=1, progress=False))
+    (source,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(source, README.name, "exec"), names)
+    matplotlib.pyplot.close("all")
+    pipe, effects, edit = names["pipe"], names["effects"], names["edit"]
+    assert effects.site.values.tolist() == [site.name for site in mediation.sites(pipe, network="unet")]
+    assert effects.prompt.values.tolist() == names["prompts"]
+    assert (mediation.total_effect(effects) != 0).all()
+    untouched = mediation.load_pipeline()
+    with edit.applied(untouched):  # as it was saved and loaded
+        edited = {name: parameter.clone() for name, parameter in untouched.text_encoder.named_parameters()}
+    plain = pipe.text_encoder.named_parameters()
+    changed = [name for name, parameter in plain if not torch.equal(parameter, edited[name])]
+    assert len(changed) == len(edit.updates) == 1
+    with PIL.Image.open("panda.png") as drawn, PIL.Image.open("unet.png") as plotted:
+        assert drawn.size == (64, 64)
+        assert min(plotted.size) > 64
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)", README.read_text()))
+def test_links_lead_somewhere(link):
+    assert (README.parent / link).exists()
