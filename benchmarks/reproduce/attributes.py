@@ -10,6 +10,7 @@ from benchmarks.emoji import world
 from mediation import Case, GaussianNoise
 from mediation.bundled import AttributeProbe
 from mediation.cases import find_spans
+from mediation.metrics import DifferentiableMetric
 
 # attribute -> the factor of a scene that it is
 FACTORS = {
@@ -81,7 +82,7 @@ def _subject(attribute: str, caption: world.Caption) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class StatedProbability:
+class StatedProbability(DifferentiableMetric):
     """The probability that the probe gives to what each case's caption states.
 
     Attributes:
@@ -97,8 +98,9 @@ class StatedProbability:
     name = "probe_probability"
     needs_images = True
 
-    def __call__(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
-        """Scores every row."""
+    def score(self, images: torch.Tensor, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
+        """One number per row, with gradients."""
         known = self.probe.labels(self.factor)
         chosen = [known.index(self.labels[case]) for case in cases]
-        return self.probe.probabilities(images, self.factor)[range(len(cases)), chosen].double().numpy()
+        logits = self.probe(images.to(self.probe.dtype))[self.factor]
+        return logits.float().softmax(-1)[range(len(cases)), chosen]

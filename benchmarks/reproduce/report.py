@@ -33,7 +33,7 @@ def write(claims: Sequence[Claim], folder: pathlib.Path, settings: Mapping[str, 
     records = {
         "settings": dict(settings),
         "scope": scope,
-        "claims": [_plain(dataclasses.asdict(one)) for one in claims],
+        "claims": [plain(dataclasses.asdict(one)) for one in claims],
     }
     (folder / "claims.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
     (folder / "claims.md").write_text(as_markdown(claims, settings, scope))
@@ -105,10 +105,10 @@ def _intervals(ax, x, estimates, **style) -> None:
     ax.errorbar(x, mean, yerr=reach, linestyle="none", capsize=3, markersize=6, **style)
 
 
-def _plain(value):
+def plain(value):
     """Without NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

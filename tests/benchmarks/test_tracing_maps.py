@@ -112,6 +112,19 @@ def test_the_stated_probability_is_the_probes_for_each_cases_label():
     numpy.testing.assert_allclose(found, [expected[0, 1], expected[1, 2]], rtol=1e-5)
 
 
+def test_the_stated_probability_has_the_gradient_of_its_values():
+    probe = AttributeProbe({"count": [1, 2, 3]}).eval().double()
+    case = Case("two cats", "two")
+    metric = attributes.StatedProbability(probe, "count", {case: 2})
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=generator)
+    (gradient,) = torch.autograd.grad(metric.score(images.requires_grad_(), None, [case]).sum(), images)
+    images = images.detach()
+    step = 1e-2 * gradient / gradient.norm()
+    ahead, behind = (float(metric(images + sign * step, None, [case])[0]) for sign in (1, -1))
+    assert (ahead - behind) / 2 == pytest.approx(float((gradient * step).sum()), rel=0.01)
+
+
 @dataclasses.dataclass
 class Brightness:
     """A metric that cannot be hashed."""

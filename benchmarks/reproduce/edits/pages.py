@@ -8,6 +8,7 @@ from benchmarks.reproduce.edits.causal import Agreement
 from benchmarks.reproduce.edits.experiments import EXPERIMENTS
 from benchmarks.reproduce.edits.recipes import Recipe
 from benchmarks.reproduce.edits.scoring import GONE, KEPT, verdict
+from benchmarks.reproduce.report import plain
 from editing.evaluation import UNEDITED
 
 _COLUMNS = {
@@ -47,7 +48,7 @@ def as_json(results: Sequence[Result], agreements: Mapping[str, Sequence[Agreeme
         "agreements": {attribute: [dataclasses.asdict(one) for one in ones] for attribute, ones in agreements.items()},
         "goal": {result.group: _goal(result) for result in results if result.experiment == "best"},
     }
-    return _plain(found)
+    return plain(found)
 
 
 def as_markdown(results: Sequence[Result], agreements: Mapping[str, Sequence[Agreement]], settings: Mapping) -> str:
@@ -128,11 +129,3 @@ def _agreements(agreements: Mapping[str, Sequence[Agreement]]) -> list[str]:
             rank = f"{one.rank} of {len(one.sites)}"
             lines.append(f"| {attribute} | {one.tokens} | {one.rho:.2f} | {one.p:.2g} | {one.traced} | {rank} |")
     return lines
-
-
-def _plain(value):
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
