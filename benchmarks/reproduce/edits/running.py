@@ -1,6 +1,7 @@
 """Running units: each is saved as soon as it is ready, and found again; unedited pictures are drawn once."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 import editing
 from benchmarks.reproduce.edits.units import Unit
+from benchmarks.reproduce.storing import save, stored
 from editing.evaluation import UNEDITED
 from editing.suites import Suite
 
@@ -47,14 +49,9 @@ class Runner:
         Raises:
             ValueError: if the file was made with another model or other settings.
         """
-        path, arguments = self.path(unit), self._arguments(unit.describe())
-        if path.exists():
-            report = xarray.load_dataset(path, engine="scipy")
-            if report.attrs.get("arguments") != arguments:
-                raise ValueError(
-                    f"{path} was made with another model or other settings: choose another --output, or move it away"
-                )
-            return report
+        return stored(self.path(unit), self._arguments(unit.describe()), functools.partial(self._judge, unit))
+
+    def _judge(self, unit: Unit) -> xarray.Dataset:
         suite = unit.suite()
         edits = {name: recipe.make(self.pipe, unit.pairs, unit.attribute) for name, recipe in unit.recipes.items()}
         unedited = self._unedited_path(suite, unit.seed)
@@ -70,31 +67,22 @@ class Runner:
             unedited=xarray.load_dataset(unedited, engine="scipy") if unedited.exists() else None,
         )
         if not unedited.exists():
-            _save(report.sel(model=[UNEDITED]), unedited)
+            plain = report.sel(model=[UNEDITED])
+            plain.images.encoding = {"dtype": "int16"}  # netCDF 3 has no bytes without a sign
+            save(plain, unedited)
         if unit.keeps_pictures:
+            path = self.path(unit).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             figure = editing.plot_sheet(report)
-            figure.savefig(path.with_suffix(".png"), dpi=120)
+            figure.savefig(path, dpi=120)
             matplotlib.pyplot.close(figure)
-        _save(report.drop_vars(_PICTURES).assign_attrs(arguments=arguments), path)
-        return xarray.load_dataset(path, engine="scipy")
+        return report.drop_vars(_PICTURES)
 
-    def _arguments(self, values: dict | list) -> str:
+    def _arguments(self, values: dict | list) -> dict:
         sampler = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return json.dumps({"model": self.model, "of": values} | sampler, sort_keys=True)
+        return {"model": self.model, "of": values} | sampler
 
     def _unedited_path(self, suite: Suite, seed: int) -> pathlib.Path:
         """The file of unedited pictures, which all units with the same suite and noise share."""
-        arguments = self._arguments([seed, *(dataclasses.asdict(trial) for trial in suite)])
+        arguments = json.dumps(self._arguments([seed, *map(dataclasses.asdict, suite)]), sort_keys=True)
         return self.folder / "unedited" / f"{hashlib.sha256(arguments.encode()).hexdigest()[:16]}.nc"
-
-
-def _save(report: xarray.Dataset, path: pathlib.Path) -> None:
-    """Writes a report; whoever interrupts this leaves no file that looks like one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = report.copy()
-    if "images" in report:  # netCDF 3 has no bytes without a sign
-        report.images.encoding = {"dtype": "int16"}
-    unfinished = path.with_suffix(".unfinished")
-    report.to_netcdf(unfinished, engine="scipy")
-    unfinished.replace(path)
