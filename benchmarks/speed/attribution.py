@@ -15,7 +15,6 @@ Run: python -m benchmarks.speed.attribution --output runs/speed/attribution   by
 import argparse
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -35,19 +34,19 @@ CASE = mediation.Case("a cat in the style of ink", subject="ink")
 _AIMS = {"sampling runs": "at most 6", "speedup": "at least 10", "pearson": "above 0.9"}
 
 
-def activation_attribution(pipe: DiffusionPipeline, steps: int, repeats: int, n_exact: int = 30) -> dict:
+def activation_attribution(pipe: DiffusionPipeline, steps: int, repeats: int, n_exact: int = 29) -> dict:
     """Times attribution patching of all sites at all steps, one picture, and `n_exact` places of the exact map.
 
     Args:
         pipe: the pipeline.
         steps: of sampling.
         repeats: turns that are timed.
-        n_exact: places (site, step) that are restored exactly, in full batches.
+        n_exact: sites that are restored exactly at one step; with the clean, the corrupted and the sham run, 29 of
+            them fill a batch of the whole map.
     """
     options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
     every = mediation.sites(pipe, network="unet")
-    windows = [(i / steps, (i + 1) / steps) for i in range(steps)]
-    n_exact_windows = math.ceil(n_exact / len(every))
+    measured = every[:n_exact]
 
     def picture() -> None:
         with quiet(pipe):
@@ -57,16 +56,15 @@ def activation_attribution(pipe: DiffusionPipeline, steps: int, repeats: int, n_
         mediation.trace(pipe, CASE, backend="attribution_patching", progress=False, **options)
 
     def exact() -> None:
-        mediation.trace(pipe, CASE, sites=every, windows=windows[:n_exact_windows], progress=False, **options)
+        mediation.trace(pipe, CASE, sites=measured, windows=[(0, 1 / steps)], progress=False, **options)
 
     seconds = time_in_turns({"one picture": picture, "estimates": estimates, "some exact": exact}, repeats)
-    n_measured = n_exact_windows * len(every)
-    whole = [value * len(every) * steps / n_measured for value in seconds["some exact"]]
+    whole = [value * len(every) * steps / len(measured) for value in seconds["some exact"]]
     return {
         "case": CASE.prompt,
         "steps": steps,
         "n_places": len(every) * steps,
-        "n_exact": n_measured,
+        "n_exact": len(measured),
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "sampling_runs": ratio(seconds["estimates"], seconds["one picture"]),
         "exact_over_estimates": ratio(whole, seconds["estimates"]),  # by extrapolation from the measured places
@@ -151,9 +149,10 @@ def _describe_activations(found: Mapping) -> str:
             "## Attribution patching",
             "",
             f"{found['case']!r}, {found['steps']} steps, {found['sampling_runs']['n']} turns. All {found['n_places']:,}"
-            f" places take {times['estimates']} s, one picture {times['one picture']} s. That is",
-            f"{in_words(found['sampling_runs'])} sampling runs; the aim is {_AIMS['sampling runs']}. By the time of"
-            f" {found['n_exact']} places, the exact map takes {in_words(found['exact_over_estimates'], 'x')} as long.",
+            f" places (sites of the U-Net × steps) take {times['estimates']} s, one picture",
+            f"{times['one picture']} s. That is {in_words(found['sampling_runs'])} sampling runs; the aim is"
+            f" {_AIMS['sampling runs']}. By the time of",
+            f"{found['n_exact']} places, the exact map takes {in_words(found['exact_over_estimates'], 'x')} as long.",
             "",
         ]
     )
