@@ -1,0 +1,1 @@
+"""What `benchmarks.reproduce.attribution` estimates, sets to 0, judges and shows."""
