@@ -69,7 +69,7 @@ class Task:
         )
 
     def row_evaluations(self, pipe: DiffusionPipeline) -> int:
-        """How often the denoiser evaluates a row: in both halves of guidance, at every step, draw and case.
+        """How often the denoiser evaluates a row, at most: in both halves of guidance, at every step, draw and case.
 
         Raises:
             ValueError: if the map cannot be traced.
@@ -78,12 +78,17 @@ class Task:
         options = {"tokens": None, "windows": None, "mode": "restore", "batch_size": None, "images": None}
         options |= self._places(pipe)
         plan = make_plan(pipe, self.cases, metric=self.metrics, sampling=sampling, progress=False, **options)
-        n_rows = 0
+        n_steps, n_computed = self.num_inference_steps, 0
         for case in self.cases:
-            n_jobs = 1 + sum(1 for _ in plan.interventions(pipe, case))
-            n_chunks = math.ceil(n_jobs / (plan.batch_size - N_CONTROLS))
-            n_rows += plan.n_draws * n_chunks * (math.ceil(n_jobs / n_chunks) + N_CONTROLS)
-        return (2 if sampling.guided else 1) * self.num_inference_steps * n_rows
+            # a row costs nothing before its window opens; the last job is the untouched run
+            jobs = [one for _, one in plan.interventions(pipe, case)]
+            opened = [next(i for i in range(n_steps) if one.covers(i / n_steps)) for one in jobs]
+            capacity = plan.batch_size - N_CONTROLS
+            n_chunks = max(1, math.ceil(len(jobs) / capacity))
+            size = min(capacity, math.ceil((len(jobs) + 1) / n_chunks))
+            n_rows = max(n_chunks * size, len(jobs) + 1) + n_chunks * N_CONTROLS
+            n_computed += plan.n_draws * (n_rows * n_steps - sum(opened))
+        return (2 if sampling.guided else 1) * n_computed
 
     def _places(self, pipe: DiffusionPipeline) -> dict[str, object]:
         if self.network == "text":
