@@ -10,6 +10,8 @@ from torch import nn
 
 from mediation.pipelines import family_of
 
+_CONTAINERS = ("transformer", "block")  # sites that hold others
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -19,8 +21,8 @@ class Site:
         name: unique in the pipeline, as "unet.down.0.0.cross_attention", "text_encoder.0.self_attention" or
             "unet.mid.0.self_attention.head.3".
         network: the pipeline's attribute that holds the network, as "unet" or "text_encoder".
-        component: self_attention, cross_attention, feed_forward, resnet or block; in text encoders, self_attention, mlp
-            or block.
+        component: self_attention, cross_attention, feed_forward, resnet, transformer or block; in text encoders,
+            self_attention, mlp or block.
         layer: counts the sites of this network and component in execution order, from 0; heads share their attention's.
         block: the part of the network, as "down.0", "mid", "up.2"; in text encoders, the layer.
         path: the module's dotted path in the network; of a head, the output projection's.
@@ -61,7 +63,7 @@ def sites(
 ) -> list[Site]:
     """Lists the sites of a pipeline in execution order, text encoders first.
 
-    Whole blocks contain other sites, so they are listed only when asked for: `component="block"`.
+    Transformers and whole blocks contain other sites, so they are listed only when asked for, by `component`.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -84,8 +86,8 @@ def sites(
         'unet.mid.0.cross_attention.head.1'
     """
     every = [site for site in _all_sites(pipe) if (site.head is not None) == heads]
-    if component != "block":
-        every = [site for site in every if site.component != "block"]
+    if component not in _CONTAINERS:
+        every = [site for site in every if site.component not in _CONTAINERS]
     kind = "head" if heads else "site"
     wanted = {"network": network, "component": component, "layer": layer, "block": block}
     wanted = {field: value for field, value in wanted.items() if value is not None}
@@ -109,7 +111,7 @@ def group_name(group: Site | str | Sequence[Site | str]) -> str:
 
 
 def _all_sites(pipe: DiffusionPipeline) -> Iterator[Site]:
-    """Every site, each attention followed by its heads, blocks behind what is in them."""
+    """Every site, each attention followed by its heads, containers behind what is in them."""
     family = family_of(pipe)
     networks = [(encoder, family.text_spots) for encoder, _ in family.text_encoders]
     networks.append((family.denoiser, family.denoiser_spots))

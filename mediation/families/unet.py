@@ -68,7 +68,10 @@ class StableDiffusion:
 
     @staticmethod
     def denoiser_spots(unet: nn.Module) -> Iterator[Spot]:
-        """ResNets, attentions and feed-forwards of each block, then the block, in execution order: down, mid, up."""
+        """Whatever computes in each block, then the block, in execution order: down, mid, up.
+
+        These are ResNets, attentions, feed-forwards and the transformers that hold the last two.
+        """
         for i, block in enumerate(unet.down_blocks):
             yield from _block_spots(block, f"down.{i}", f"down_blocks.{i}")
         if unet.mid_block is not None:
@@ -162,6 +165,7 @@ def _block_spots(block: nn.Module, position: str, path: str) -> Iterator[Spot]:
         yield Spot("resnet", f"{position}.{i}", position, f"{path}.resnets.{i}")
         if i < len(attentions):  # the mid block ends in a ResNet, and some blocks have no attention
             yield from _transformer_spots(attentions[i], f"{position}.{i}", position, f"{path}.attentions.{i}")
+            yield Spot("transformer", f"{position}.{i}", position, f"{path}.attentions.{i}")
     yield Spot("block", position, position, path)
 
 

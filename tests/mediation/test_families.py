@@ -16,6 +16,7 @@ from mediation.sampling import Sampling, sample_rows
 from tests import tiny
 from tests.runs import CASE, SAMPLING, alone, doors, hooks_of, rms
 
+CONTAINERS = ("transformer", "block")
 CORRUPTIONS = [GaussianNoise(), GaussianNoise(where="output"), ReplaceSubject("strawberry")]
 
 
@@ -26,7 +27,7 @@ def pipe(request):
 
 
 def test_every_path_resolves_once(pipe):
-    modules = mediation.sites(pipe) + mediation.sites(pipe, component="block")
+    modules = [site for component in (None, *CONTAINERS) for site in mediation.sites(pipe, component=component)]
     heads = mediation.sites(pipe, heads=True)
     assert len({(site.network, site.path) for site in modules}) == len({site.name for site in modules}) == len(modules)
     assert len({(site.network, site.path, site.head) for site in heads}) == len({head.name for head in heads})
@@ -34,7 +35,7 @@ def test_every_path_resolves_once(pipe):
         assert site.module(pipe) is getattr(pipe, site.network).get_submodule(site.path)
 
 
-@pytest.mark.parametrize("component", [None, "block"])
+@pytest.mark.parametrize("component", [None, *CONTAINERS])
 def test_the_declared_order_is_the_execution_order(pipe, component):
     found = mediation.sites(pipe, component=component)
     ran, handles = [], []

@@ -28,7 +28,7 @@ def test_selection(tiny_pipe):
             mediation.sites(tiny_pipe, **wrong)
 
 
-def test_heads_and_blocks_are_listed_on_request(tiny_pipe):
+def test_heads_transformers_and_blocks_are_listed_on_request(tiny_pipe):
     heads = mediation.sites(tiny_pipe, network="text_encoder", component="self_attention", layer=1, heads=True)
     assert [head.name for head in heads] == [f"text_encoder.1.self_attention.head.{i}" for i in range(4)]
     assert [head.features(32) for head in heads[:2]] == [slice(0, 8), slice(8, 16)]
@@ -40,7 +40,10 @@ def test_heads_and_blocks_are_listed_on_request(tiny_pipe):
         "unet.mid.block",
         *(f"unet.up.{i}.block" for i in range(4)),
     ]
-    assert not {"block"} & {site.component for site in mediation.sites(tiny_pipe)}
+    transformers = mediation.sites(tiny_pipe, component="transformer", block="up.1")
+    assert [site.name for site in transformers] == [f"unet.up.1.{i}.transformer" for i in range(3)]
+    assert transformers[1].path == "up_blocks.1.attentions.1"
+    assert not {"transformer", "block"} & {site.component for site in mediation.sites(tiny_pipe)}
     for wrong in ("mlp", "block"):
         with pytest.raises(ValueError, match=f"no head has component='{wrong}'; this pipeline has self_attention"):
             mediation.sites(tiny_pipe, component=wrong, heads=True)
