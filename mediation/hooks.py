@@ -135,6 +135,27 @@ def represented(module: nn.Module, choose: Callable[[torch.Tensor], Sequence[int
         yield
 
 
+@contextlib.contextmanager
+def announced(module: nn.Module, receive: Callable[..., None]) -> Iterator[None]:
+    """Passes the arguments of every call of a module to a function, before the call.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with announced(layer, print):
+        ...     _ = layer(torch.ones(1))
+        tensor([1.])
+    """
+
+    def tell(_module, arguments, options):
+        receive(*arguments, **options)
+
+    handle = module.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def watched(tensor: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """The same tensor; its gradient is passed to `receive` on the way back, and the hook goes with the graph.
 

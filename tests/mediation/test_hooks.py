@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mediation.hooks import hooked, input_of, recorded_calls, represented, watched
+from mediation.hooks import announced, hooked, input_of, recorded_calls, represented, watched
 
 
 class Skipping(nn.Module):
@@ -108,3 +108,17 @@ def test_nothing_stands_for_rows_after_an_error():
         layer(torch.ones(2, 3))
     assert not layer._forward_pre_hooks
     assert not layer._forward_hooks
+
+
+def test_calls_are_announced_with_all_their_arguments_before_they_run():
+    class Scale(nn.Module):
+        def forward(self, x, *, by):
+            heard.append("ran")
+            return by * x
+
+    scale, heard = Scale(), []
+    with pytest.raises(TypeError), announced(scale, lambda x, by: heard.append((x.item(), by))):
+        scale(torch.ones(1), by=None)
+    assert heard == [(1, None), "ran"]
+    scale(torch.ones(1), by=2)
+    assert heard[2:] == ["ran"], "no hook is left behind"
