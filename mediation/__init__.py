@@ -1,5 +1,14 @@
 """Causal mediation analysis of text-to-image diffusion pipelines."""
 
+from mediation.autoencoders import (
+    Place,
+    Recipe,
+    SparseAutoencoder,
+    collect_activations,
+    fit_sae,
+    open_activations,
+    train_sae,
+)
 from mediation.cases import Case, GaussianNoise, ReplaceSubject
 from mediation.comparison import compare, contrast
 from mediation.components import attribute
@@ -21,14 +30,20 @@ __all__ = [
     "ClassProbability",
     "GaussianNoise",
     "LatentDistance",
+    "Place",
+    "Recipe",
     "ReplaceSubject",
     "Site",
+    "SparseAutoencoder",
     "attribute",
+    "collect_activations",
     "compare",
     "contrast",
     "find_text_layers",
+    "fit_sae",
     "indirect_effect",
     "load_pipeline",
+    "open_activations",
     "plot_bars",
     "plot_effects",
     "plot_images",
@@ -37,5 +52,6 @@ __all__ = [
     "top_sites",
     "total_effect",
     "trace",
+    "train_sae",
     "verification",
 ]

@@ -1,0 +1,167 @@
+"""Sources of activations for training: a pipeline that draws prompts, or an array.
+
+A source gives its activations window by window. A window is what is held in memory and shuffled at a time, and it is
+the same whenever it is asked for, so that training can stop after any of them and go on.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy
+import torch
+from diffusers import DiffusionPipeline
+
+from mediation.autoencoders.observing import check_prompts, observe
+from mediation.autoencoders.places import Place
+from mediation.provenance import provenance
+from mediation.sampling import Sampling
+
+_N_HELD_OUT = 8192  # positions, at most
+
+
+class Source(Protocol):
+    """Where activations come from.
+
+    Attributes:
+        n_features: width of the activations.
+    """
+
+    n_features: int
+
+    def held_out(self) -> torch.Tensor:
+        """Activations (position, feature) that are in no window."""
+
+    def window(self, number: int) -> torch.Tensor:
+        """Activations (position, feature) of a window, counted from 0 without end."""
+
+    def describe(self) -> dict:
+        """All that decides on the activations, as plain JSON."""
+
+
+class Streamed:
+    """Activations of a pipeline that draws prompts, each time from other noise; nothing is stored.
+
+    Args:
+        pipe: the pipeline.
+        prompts: drawn from at random.
+        place: what to read.
+        sampling: how to sample.
+        buffer: positions in a window, at least; memory is buffer × features × 4 bytes.
+        seed: of the choice of prompts, and of the noise.
+        batch_size: rows of one call of the pipeline; None suits the latents' size.
+
+    Raises:
+        KeyError, ValueError: if an argument does not fit the pipeline.
+
+    Example:
+        >>> import mediation
+        >>> pipe, place = mediation.load_pipeline(), Place("unet.mid.0")
+        >>> source = Streamed(pipe, ["a cat"], place, sampling=Sampling(2), buffer=40)
+        >>> source.window(0).shape
+        torch.Size([48, 192])
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        place: Place,
+        *,
+        sampling: Sampling,
+        buffer: int,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ):
+        if buffer < 1:
+            raise ValueError(f"buffer counts positions, at least 1; got {buffer}")
+        self._pipe, self._prompts, self._place, self._sampling = pipe, check_prompts(prompts), place, sampling
+        self._buffer, self._seed, self._batch_size = buffer, seed, batch_size
+        (first,) = observe(pipe, self._prompts[:1], [seed], [place], sampling=sampling)
+        sample = first.activations[place][0]
+        self.n_features, self._n_positions = sample.shape[-1], sample[..., 0].numel()
+
+    def held_out(self) -> torch.Tensor:
+        """Activations (position, feature) that are in no window: the same prompts, other noise."""
+        return self._draw(0, min(self._buffer, _N_HELD_OUT))
+
+    def window(self, number: int) -> torch.Tensor:
+        """Activations (position, feature) of a window, counted from 0 without end."""
+        return self._draw(number + 1, self._buffer)
+
+    def describe(self) -> dict:
+        """All that decides on the activations, as plain JSON."""
+        return {
+            "kind": "streamed",
+            "place": str(self._place),
+            "reads": self._place.reads,
+            "n_prompts": len(self._prompts),
+            "prompts": hashlib.sha256("\n".join(self._prompts).encode()).hexdigest(),
+            "num_inference_steps": self._sampling.num_inference_steps,
+            "guidance_scale": self._sampling.guidance_scale,
+            "buffer": self._buffer,
+            "seed": self._seed,
+            **provenance(self._pipe),
+        }
+
+    def _draw(self, stream: int, n_positions: int) -> torch.Tensor:
+        n_images = math.ceil(n_positions / self._n_positions)
+        chosen, seeds = choose_prompts(len(self._prompts), n_images, seed=self._seed, stream=stream)
+        found = observe(
+            self._pipe,
+            [self._prompts[i] for i in chosen],
+            seeds,
+            [self._place],
+            sampling=self._sampling,
+            batch_size=self._batch_size,
+        )
+        return torch.cat([one.activations[self._place].flatten(0, -2) for one in found])
+
+
+class Stored:
+    """Activations in an array, as `collect_activations` stores them; of a Zarr array, a window at a time is read.
+
+    Args:
+        array: (position, feature), of numpy, torch or Zarr.
+        buffer: positions in a window.
+
+    Raises:
+        ValueError: if the array has another shape, or too few positions to hold some out.
+
+    Example:
+        >>> source = Stored(numpy.arange(200.0).reshape(100, 2), buffer=50)
+        >>> source.held_out().shape, source.window(0).shape, source.window(1).shape
+        (torch.Size([5, 2]), torch.Size([50, 2]), torch.Size([45, 2]))
+    """
+
+    def __init__(self, array, *, buffer: int):
+        if len(array.shape) != 2 or array.shape[0] < 2:
+            raise ValueError(f"expected activations (position, feature), at least two; got shape {tuple(array.shape)}")
+        if buffer < 1:
+            raise ValueError(f"buffer counts positions, at least 1; got {buffer}")
+        n_positions, self.n_features = map(int, array.shape)
+        self._array, self._buffer = array, buffer
+        self._n_kept = n_positions - max(1, min(_N_HELD_OUT, n_positions // 20))
+
+    def held_out(self) -> torch.Tensor:
+        """The last twentieth, which is in no window."""
+        return self._read(self._n_kept, self._array.shape[0])
+
+    def window(self, number: int) -> torch.Tensor:
+        """Activations (position, feature) of a window; after the last, they begin anew."""
+        start = number % math.ceil(self._n_kept / self._buffer) * self._buffer
+        return self._read(start, min(start + self._buffer, self._n_kept))
+
+    def describe(self) -> dict:
+        """What is known of the array, as plain JSON."""
+        return {"kind": "stored", "shape": [int(n) for n in self._array.shape], "buffer": self._buffer}
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
+        return torch.as_tensor(numpy.asarray(self._array[start:stop])).float()
+
+
+def choose_prompts(n_prompts: int, n: int, *, seed: int, stream: int) -> tuple[list[int], list[int]]:
+    """Which prompts are drawn, and from which seeds; other streams share no noise."""
+    rng = numpy.random.default_rng([seed, stream])
+    return rng.integers(n_prompts, size=n).tolist(), rng.integers(2**31, size=n).tolist()

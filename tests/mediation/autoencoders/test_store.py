@@ -1,0 +1,65 @@
+"""A store holds what is observed, and an interrupted one is completed."""
+
+import numpy
+import pytest
+import torch
+
+import mediation
+from mediation import Place
+from mediation.autoencoders import store
+from mediation.autoencoders.observing import observe
+from mediation.autoencoders.sources import choose_prompts
+from mediation.sampling import Sampling
+
+pytest.importorskip("zarr")
+PROMPTS = ["a cat", "a dog", "a red bird"]
+PLACES = [Place("unet.down.0.0", (1.0, 0.0)), Place("unet.mid.0", branch="uncond")]
+OPTIONS = {"places": PLACES, "n_images": 5, "seed": 2, "num_inference_steps": 2, "guidance_scale": 4.0, "batch_size": 2}
+
+
+def test_what_is_stored_is_what_is_observed(tiny_pipe, tmp_path):
+    arrays = mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "a.zarr", progress=False, **OPTIONS)
+    chosen, seeds = choose_prompts(3, 5, seed=2, stream=0)
+    drawn = [PROMPTS[i] for i in chosen]
+    observed = list(observe(tiny_pipe, drawn, seeds, PLACES, sampling=Sampling(2, 4.0), batch_size=2))
+    for place in PLACES:
+        expected = torch.cat([one.activations[place].flatten(0, -2) for one in observed])
+        numpy.testing.assert_array_equal(arrays[place][:], expected)
+    assert [arrays[place].shape for place in PLACES] == [(5 * 2 * 64, 8), (5, 16)]
+    recipe = mediation.Recipe(n_positions=2000, batch_size=200)
+    options = {"n_latents": 16, "k": 2, "recipe": recipe, "progress": False}
+    sae = mediation.fit_sae(arrays[PLACES[0]], place=PLACES[0], **options)
+    assert sae.metadata["training"]["source"]["shape"] == [640, 8]
+
+
+def test_an_interrupted_store_is_completed(tiny_pipe, tmp_path, monkeypatch):
+    whole = mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "whole.zarr", progress=False, **OPTIONS)
+    write, n_written = store._write, []
+
+    def fail(*arguments):
+        if len(n_written) == 3:
+            raise KeyboardInterrupt
+        n_written.append(1)
+        write(*arguments)
+
+    monkeypatch.setattr(store, "_write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "part.zarr", progress=False, **OPTIONS)
+    monkeypatch.setattr(store, "_write", write)
+    with pytest.raises(ValueError, match="no complete store"):
+        mediation.open_activations(tmp_path / "part.zarr")
+    part = mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "part.zarr", progress=False, **OPTIONS)
+    for place in PLACES:
+        numpy.testing.assert_array_equal(part[place][:], whole[place][:])
+    with pytest.raises(ValueError, match="other arguments"):
+        mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "part.zarr", **OPTIONS | {"seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"n_images": 0}, "at least 1"), ({"places": []}, "at least one place"), ({"places": PLACES * 2}, "each once")],
+)
+def test_what_cannot_be_collected_is_an_error_and_leaves_nothing(tiny_pipe, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "a.zarr", **OPTIONS | wrong)
+    assert not (tmp_path / "a.zarr").exists()

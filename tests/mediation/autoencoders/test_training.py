@@ -1,0 +1,172 @@
+"""Training keeps its constraints, finds what was planted, revives the dead, and can be interrupted."""
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mediation
+from mediation import Place, Recipe, SparseAutoencoder
+from mediation.autoencoders.sources import Stored, Streamed
+from mediation.autoencoders.training import Trainer, train
+from mediation.sampling import Sampling
+
+D, N_TRUE = 16, 24
+
+
+def planted(n=20_000, n_active=2):
+    """Sums of two of 24 directions in 16 dimensions, and the directions."""
+    random = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(N_TRUE, D, generator=random), dim=1)
+    chosen = torch.rand(n, N_TRUE, generator=random).argsort(1)[:, :n_active]
+    amounts = 0.5 + torch.rand(n, n_active, generator=random)
+    return (amounts[..., None] * directions[chosen]).sum(1), directions
+
+
+class Interrupted(Stored):
+    """A source that fails once, at some window."""
+
+    def __init__(self, array, *, buffer, at):
+        super().__init__(array, buffer=buffer)
+        self.at = at
+
+    def window(self, number):
+        if number == self.at:
+            self.at = None
+            raise KeyboardInterrupt
+        return super().window(number)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_planted_directions_are_found(activation):
+    x, directions = planted()
+    recipe = Recipe(n_positions=600_000, batch_size=500, learning_rate=3e-3, n_auxiliary=8, dead_after=10_000)
+    sae = mediation.fit_sae(x, n_latents=48, k=2, activation=activation, recipe=recipe, buffer=20_000, progress=False)
+    cosines = directions @ sae.decoder.T
+    assert float(cosines.amax(1).mean()) > 0.9
+    history = sae.metadata["training"]["history"]
+    assert history[-1]["explained_variance"] > 0.9
+    assert history[-1]["n_positions"] >= 600_000
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48))
+    active = (sae.encode(x) > 0).sum(1).float()
+    assert float(active.mean()) == pytest.approx(2, abs=0.2)
+
+
+def test_directions_keep_their_norm_and_gradients_lie_across_them(monkeypatch):
+    x, _ = planted(n=600)
+    trainer = Trainer(SparseAutoencoder(D, 40, 3), Recipe(n_positions=600, batch_size=200))
+    trainer.prepare(x)
+    seen = []
+    step = trainer._optimizer.step
+
+    def look():
+        directions = trainer.sae.decoder
+        along = (directions.grad * directions).sum(1)
+        seen.append((float(along.abs().max()), float(directions.grad.abs().max())))
+        return step()
+
+    monkeypatch.setattr(trainer._optimizer, "step", look)
+    for batch in x.split(200):
+        trainer.step(batch)
+        torch.testing.assert_close(trainer.sae.decoder.norm(dim=1), torch.ones(40))
+    assert len(seen) == 3
+    assert all(along < 1e-5 * size for along, size in seen)
+
+
+def test_normalisation_is_in_the_file(tmp_path):
+    """Activations a hundred times as large are explained alike by an autoencoder with a scale to match."""
+    x, _ = planted(n=3000)
+    recipe = Recipe(n_positions=9000, batch_size=300)
+    found = []
+    for factor in (1.0, 100.0):
+        sae = mediation.fit_sae(factor * x, n_latents=32, k=2, recipe=recipe, buffer=3000, progress=False)
+        sae.save_pretrained(tmp_path)
+        again = SparseAutoencoder.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(factor * x) / factor, sae(factor * x) / factor)
+        found.append(again)
+    assert float(found[1].scale / found[0].scale) == pytest.approx(100, rel=1e-4)
+    torch.testing.assert_close(found[1].decoder, found[0].decoder, rtol=1e-2, atol=1e-3)
+
+
+def test_the_auxiliary_loss_revives_dead_latents():
+    """As many latents as directions, but half of them never win: the auxiliary loss alone gives them a gradient."""
+    x, _ = planted(n=4000)
+    alive = {}
+    for n_auxiliary in (0, 4):
+        sae = SparseAutoencoder(D, N_TRUE, 2)
+        with torch.no_grad():
+            sae.encoder[N_TRUE // 2 :] *= 1e-3
+        options = {"learning_rate": 3e-3, "n_auxiliary": n_auxiliary, "dead_after": 1000}
+        train(sae, Stored(x, buffer=4000), Recipe(n_positions=200_000, batch_size=500, **options), progress=False)
+        alive[n_auxiliary] = float((sae.encode(x) > 0).any(0)[N_TRUE // 2 :].float().mean())
+    assert alive[0] < 0.2
+    assert alive[4] > 0.8
+
+
+def test_going_on_equals_never_having_stopped(tmp_path):
+    x, _ = planted(n=2100)
+    recipe = Recipe(n_positions=6000, batch_size=150, learning_rate=1e-3, dead_after=500, n_auxiliary=4)
+    options = {"seed": 5, "progress": False}
+    whole = train(SparseAutoencoder(D, 40, 2, activation="batch_topk"), Stored(x, buffer=700), recipe, **options)
+    source, path = Interrupted(x, buffer=700, at=4), tmp_path / "training.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(SparseAutoencoder(D, 40, 2, activation="batch_topk"), source, recipe, checkpoint=path, **options)
+    assert path.exists()
+    again = train(SparseAutoencoder(D, 40, 2, activation="batch_topk"), source, recipe, checkpoint=path, **options)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert whole.metadata == again.metadata
+    assert len(whole.metadata["training"]["history"]) > 5
+    with pytest.raises(ValueError, match="another training"):
+        train(SparseAutoencoder(D, 41, 2), source, recipe, checkpoint=path, **options)
+
+
+def test_training_stops_when_nothing_more_is_learned():
+    x = torch.randn(2000, D, generator=torch.Generator().manual_seed(0))  # nothing sparse about it
+    recipe = Recipe(n_positions=1_000_000, batch_size=200, patience=2, learning_rate=1e-9)
+    sae = mediation.fit_sae(x, n_latents=32, k=2, recipe=recipe, buffer=500, progress=False)
+    assert len(sae.metadata["training"]["history"]) == 3
+
+
+def test_streaming_is_training_on_what_the_pipeline_computes(tiny_pipe):
+    place, prompts = Place("unet.down.0.0", (1.0, 0.0)), ["a cat", "a dog", "a red bird"]
+    source = Streamed(tiny_pipe, prompts, place, sampling=Sampling(2, 4.0), buffer=300, seed=3)
+    windows = [source.window(number) for number in (0, 1)]
+    assert [window.shape for window in windows] == [(384, 8)] * 2, "three pictures of two steps of 8×8"
+    assert torch.equal(source.window(1), windows[1])
+    pools = [{tuple(row) for row in rows.tolist()} for rows in (*windows, source.held_out())]
+    assert not pools[0] & pools[1]
+    assert not pools[2] & (pools[0] | pools[1])
+    recipe, options = Recipe(n_positions=600, batch_size=100), {"num_inference_steps": 2, "guidance_scale": 4.0}
+    options |= {"n_latents": 16, "k": 2, "recipe": recipe, "buffer": 300, "seed": 3, "progress": False}
+    sae = mediation.train_sae(tiny_pipe, prompts, site="unet.down.0.0", steps=(1.0, 0.0), **options)
+    expected = train(SparseAutoencoder(8, 16, 2, place=place, seed=3), source, recipe, seed=3, progress=False)
+    assert torch.equal(sae.decoder, expected.decoder)
+    assert sae.place == place
+    assert sae.metadata["training"]["source"]["n_prompts"] == 3
+    assert sae.metadata["training"]["history"][-1]["n_positions"] == 600
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_positions": 0}, "n_positions must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"n_auxiliary": -1}, "at least 0"),
+        ({"patience": 0}, "at least 1"),
+    ],
+)
+def test_recipes_that_cannot_be_followed_are_errors(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**wrong)
+
+
+def test_activations_without_anything_to_learn_are_errors():
+    for wrong in (numpy.ones((50, 4)), numpy.full((50, 4), numpy.nan)):
+        with pytest.raises(ValueError, match="nothing to learn"):
+            mediation.fit_sae(wrong, progress=False)
+    with pytest.raises(ValueError, match="at least two"):
+        mediation.fit_sae(numpy.ones((1, 4)), progress=False)
+    with pytest.raises(ValueError, match="16 features"):
+        train(SparseAutoencoder(4, 8, 2), Stored(planted(n=100)[0], buffer=50), Recipe())
