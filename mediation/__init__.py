@@ -7,6 +7,8 @@ from mediation.autoencoders import (
     collect_activations,
     fit_sae,
     open_activations,
+    top_latents,
+    trace_latents,
     train_sae,
 )
 from mediation.cases import Case, GaussianNoise, ReplaceSubject
@@ -49,9 +51,11 @@ __all__ = [
     "plot_images",
     "sites",
     "summarize",
+    "top_latents",
     "top_sites",
     "total_effect",
     "trace",
+    "trace_latents",
     "train_sae",
     "verification",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy
+import torch
 from diffusers import DiffusionPipeline
 
 from mediation.cases import TOKEN_GROUPS, Case
@@ -12,7 +13,7 @@ from mediation.guards import check_traceable
 from mediation.metrics import Metric, default_metric, metric_name
 from mediation.pipelines import expansion, family_of, tokenizers_of
 from mediation.rows import MODES, N_CONTROLS, Intervention
-from mediation.sampling import Sampling
+from mediation.sampling import Sampling, sample_rows
 from mediation.sites import Site, group_name, resolve
 
 WHOLE = (0.0, 1.0)
@@ -82,6 +83,10 @@ class Plan:
                 for k, window in enumerate(self.windows or (WHOLE,)):
                     if self.places is None or (i, j, k) in self.places:
                         yield (i, j, k), Intervention(group, here, window, self.mode)
+
+    def sample(self, pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention]) -> torch.Tensor:
+        """Final latents of the clean row, the corrupted row and these rows, as of `sample_rows`."""
+        return sample_rows(pipe, case, draw, rows, self.sampling)
 
 
 def make_plan(

@@ -15,7 +15,7 @@ def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
     """The total effect, and the places with the largest indirect effects."""
     summary = summarize(effects)
     places = _places(summary).sort_values("mean", ascending=False, kind="stable").head(n_rows)
-    labels = [name for name in ("site", "token", "window") if name in places]
+    labels = [name for name in ("site", "token", "latent", "window") if name in places]
     checked = f"\nestimates against exact values:\n{_table(_checked(effects))}" if "sampled" in effects else ""
     return (
         f"{', '.join(_count(n, dim) for dim, n in effects.restored.sizes.items())}\n"

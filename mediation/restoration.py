@@ -21,7 +21,7 @@ from mediation.metrics import evaluate, images_for
 from mediation.pipelines import family_of
 from mediation.plans import Plan
 from mediation.rows import N_CONTROLS, Intervention
-from mediation.sampling import sample_alone, sample_rows
+from mediation.sampling import sample_alone
 
 _CONTROLS = ("clean", "corrupted")  # in the order of their rows
 
@@ -123,7 +123,7 @@ def _measure(
 
     The first `size` of `rows` are sampled together, behind their controls; one that is left over is untouched.
     """
-    latents = sample_rows(pipe, case, draw, rows[:size], plan.sampling)
+    latents = plan.sample(pipe, case, draw, rows[:size])
     if len(rows) > size:
         text = encode_rows(pipe, case, draw, ())
         latents = torch.cat([latents, sample_alone(pipe, case, text, rows[-1].sham, plan.sampling)])

@@ -19,7 +19,7 @@ IMAGE_DIMS = {
 }
 # what the exact backend measured of an estimated map, and whether a place was drawn at random for it
 CHECK_DIMS = {"exact": DIMS["restored"], "sampled": ("site", "token", "window")}
-OPTIONAL = ("token", "window", "metric")
+OPTIONAL = ("token", "latent", "window", "metric")
 _LABELLED = ("site", "image_site", *OPTIONAL)
 
 
@@ -54,7 +54,9 @@ def _problems(effects: xarray.Dataset, needs: Sequence[str]) -> list[str]:
     problems = []
     for name, allowed in (DIMS | IMAGE_DIMS).items():
         if name in effects.data_vars:
-            expected = [dim for dim in allowed if dim not in OPTIONAL or dim in effects.restored.dims]
+            # latents of an autoencoder stand where tokens do in other maps
+            dims = ["latent" if dim == "token" and "latent" in effects.dims else dim for dim in allowed]
+            expected = [dim for dim in dims if dim not in OPTIONAL or dim in effects.restored.dims]
             problems += _variable_problems(effects[name], expected)
     for dim in _LABELLED:
         if dim in effects.dims:

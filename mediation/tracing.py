@@ -149,7 +149,7 @@ def trace(
         values = verified(pipe, plan, values, verify)
         attributes["verify"] = verify
     effects = label(plan, values)
-    effects.attrs = attributes | _provenance(pipe, plan)
+    effects.attrs = attributes | plan_attributes(pipe, plan)
     warn_of_missing(effects)
     return effects
 
@@ -219,7 +219,8 @@ def _has_text(pipe: DiffusionPipeline, chosen) -> bool:
     return any(site.network in tokenizers_of(pipe) for group in resolve(pipe, chosen) for site in group)
 
 
-def _provenance(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | float]:
+def plan_attributes(pipe: DiffusionPipeline, plan: Plan) -> dict[str, str | int | float]:
+    """All that is needed to run a plan again, and versions, as attributes of a map."""
     scheduler = {"class": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
     cases = [
         dataclasses.asdict(case) | {"corruption": {"class": type(case.corruption).__name__, **vars(case.corruption)}}

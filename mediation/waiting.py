@@ -43,5 +43,6 @@ class Waiting:
         return [start + self._computed.index(row) for row in rows]
 
     def _may_wait(self, intervention: Intervention, fraction: float) -> bool:
-        same_text = all(site.network == self._denoiser for site in intervention.sites)
+        # a row without sites may be changed by other means, and by its number
+        same_text = bool(intervention.sites) and all(site.network == self._denoiser for site in intervention.sites)
         return same_text and not intervention.covers(fraction)

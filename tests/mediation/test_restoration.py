@@ -192,7 +192,7 @@ def test_running_out_of_memory_halves_the_chunk_and_keeps_the_map(tiny_pipe, mon
             raise error
         return sample_rows(pipe, case, draw, rows, sampling)
 
-    monkeypatch.setattr("mediation.restoration.sample_rows", sample_few_rows)
+    monkeypatch.setattr("mediation.plans.sample_rows", sample_few_rows)
     with pytest.warns(UserWarning, match="out of memory with batch_size=12: going on with at most 7 rows"):
         effects = mediation.trace(tiny_pipe, [CASE, CASE], **options)
     assert n_rows == [10, 5, 5, 5, 5]
@@ -205,7 +205,7 @@ def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, m
     def fail(*args):
         raise RuntimeError(message)
 
-    monkeypatch.setattr("mediation.restoration.sample_rows", fail)
+    monkeypatch.setattr("mediation.plans.sample_rows", fail)
     with pytest.raises(RuntimeError, match=message):
         mediation.trace(tiny_pipe, CASE, sites=["unet.mid.0.resnet"], metric=LatentDistance(), batch_size=3, **FAST)
 
