@@ -1,10 +1,14 @@
 """Sparse autoencoders of what a denoiser computes: training, reading, naming and changing their latents."""
 
+from mediation.autoencoders.concepts import concept_labels, concept_latents, embed_latents, score_latents
+from mediation.autoencoders.dictionary import concept_dictionaries, concept_dictionary
 from mediation.autoencoders.fitting import fit_sae, train_sae
+from mediation.autoencoders.layouts import emergence, summarize_emergence
 from mediation.autoencoders.mediating import top_latents, trace_latents
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.observing import observe
 from mediation.autoencoders.places import Moment, Place
+from mediation.autoencoders.sheets import top_strip, write_sheet
 from mediation.autoencoders.splicing import spliced
 from mediation.autoencoders.store import collect_activations, open_activations
 from mediation.autoencoders.training import Recipe
@@ -15,11 +19,21 @@ __all__ = [
     "Recipe",
     "SparseAutoencoder",
     "collect_activations",
+    "concept_dictionaries",
+    "concept_dictionary",
+    "concept_labels",
+    "concept_latents",
+    "embed_latents",
+    "emergence",
     "fit_sae",
     "observe",
     "open_activations",
+    "score_latents",
     "spliced",
+    "summarize_emergence",
     "top_latents",
+    "top_strip",
     "trace_latents",
     "train_sae",
+    "write_sheet",
 ]

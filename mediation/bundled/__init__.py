@@ -3,8 +3,12 @@
 import functools
 import pathlib
 
+import numpy
+import torch
 from diffusers import DiffusionPipeline
 
+from mediation.autoencoders.model import SparseAutoencoder
+from mediation.bundled.labelling import label_composition, label_emoji_with
 from mediation.bundled.probe import AttributeProbe
 from mediation.metrics import ClassProbability, CLIPScore
 
@@ -50,4 +54,29 @@ def attribute_probability(factor: str, target: object = None) -> ClassProbabilit
     return ClassProbability(lambda images: probe(images)[factor], labels, target, name=name)
 
 
-__all__ = ["AttributeProbe", "attribute_probability", "is_bundled", "load_probe", "load_scorer", "pipeline_folder"]
+def label_emoji(image: torch.Tensor) -> dict[str, numpy.ndarray]:
+    """Masks by object, style and background, named by the probe, of an image (3, height, width) in [0, 1].
+
+    Example:
+        >>> sorted(label_emoji(torch.ones(3, 64, 64)))[0]
+        'background: white'
+    """
+    return label_emoji_with(load_probe(), image)
+
+
+def load_sae() -> SparseAutoencoder:
+    """The autoencoder of "unet.up.1.0" at the first step: 512 latents, 8 active."""
+    return SparseAutoencoder.from_pretrained(_FOLDER / "sae")
+
+
+__all__ = [
+    "AttributeProbe",
+    "attribute_probability",
+    "is_bundled",
+    "label_composition",
+    "label_emoji",
+    "load_probe",
+    "load_sae",
+    "load_scorer",
+    "pipeline_folder",
+]

@@ -1,0 +1,49 @@
+"""Dictionaries in files."""
+
+import os
+import pathlib
+
+import numpy
+import xarray
+
+_NEEDED = ("iou", "precision", "recall", "overlap", "chance_overlap", "area", "chance_area", "active", "n_positions")
+
+
+def save_dictionary(dictionary: xarray.Dataset, path: str | os.PathLike) -> None:
+    """Writes a concept dictionary to a .nc file.
+
+    Raises:
+        ValueError: if the name ends otherwise.
+    """
+    # netCDF 3 has no unsigned bytes
+    encoding = {"thumbnail": {"dtype": "int16"}} if "thumbnail" in dictionary else {}
+    dictionary.to_netcdf(check_path(path), engine="scipy", encoding=encoding)
+
+
+def open_dictionary(path: str | os.PathLike) -> xarray.Dataset:
+    """Reads a concept dictionary, all of it into memory.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else.
+    """
+    path = check_path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no dictionary at {path}")
+    with xarray.open_dataset(path, engine="scipy") as found:
+        dictionary = found.load()
+    if missing := [name for name in _NEEDED if name not in dictionary]:
+        raise ValueError(f"{path} holds no concept dictionary: it has no {', '.join(missing)}")
+    return dictionary.assign(thumbnail=dictionary.thumbnail.astype(numpy.uint8))
+
+
+def check_path(path: str | os.PathLike) -> pathlib.Path:
+    """The path, if it ends in ".nc".
+
+    Raises:
+        ValueError: if it ends otherwise.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".nc":
+        raise ValueError(f"a concept dictionary is kept in a .nc file, got {path.name!r}")
+    return path

@@ -1,0 +1,237 @@
+"""Emergence: what latents explain, and how much of the finished composition they show, by place and step."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy
+import torch
+import torch.nn.functional as F
+import xarray
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from mediation.autoencoders.dictionary import Labeller, label_masks
+from mediation.autoencoders.model import SparseAutoencoder
+from mediation.autoencoders.observing import check_prompts, observe
+from mediation.autoencoders.splicing import check_spliceable
+from mediation.intervals import check_interval, mean_interval
+from mediation.provenance import provenance
+from mediation.sampling import Sampling
+
+
+def emergence(
+    pipe: DiffusionPipeline,
+    saes: Sequence[SparseAutoencoder],
+    dictionaries: Sequence[xarray.Dataset],
+    prompts: Sequence[str],
+    labeller: Labeller,
+    *,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> xarray.Dataset:
+    """Predicts the layout of finished pictures from latents at each autoencoder's place and step.
+
+    With z_c the latents at a position, a label l has the score Σ_c z_c (precision_cl − base_l), where base_l is the
+    share of positions that have the label: each latent votes for what it meets more often than chance. Scores are
+    enlarged to the picture, bilinearly, and each pixel takes the label with the largest score, of those that
+    the picture has. The mIoU of a picture is the mean over its labels of |predicted ∩ mask| / |predicted ∪ mask|.
+
+    Which labels a picture has is given; where they are is predicted. Pictures have habits, as objects in the middle, so
+    there is a control: the same with the latents of the picture before.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        saes: autoencoders that know their places; all are read in one run.
+        dictionaries: of each, from `mediation.concept_dictionary` with the same kind of labels and other pictures.
+        prompts: one picture each, at least two.
+        labeller: as of `mediation.concept_dictionary`; masks of a picture must not overlap.
+        seed: of the first picture's noise; each further one has the next. It must differ from the dictionaries'.
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance.
+        batch_size: rows of one call of the pipeline; None suits the latents' size.
+        progress: shows a progress bar on a terminal.
+
+    Returns:
+        A Dataset by (autoencoder, case), where a case is a picture: residual, Σ||x − x̂||², and variance,
+        Σ||x − mean||²; miou and chance_miou, NaN for pictures without a label that the dictionary has. Coordinates on
+        autoencoder: site, t (the first of its steps), branch. Means and intervals: `mediation.summarize_emergence`.
+
+    Raises:
+        KeyError, TypeError, ValueError: before any work, if an argument does not fit the pipeline or another.
+        ValueError: if masks overlap.
+
+    Example:
+        >>> import mediation
+        >>> from mediation import bundled
+        >>> pipe = mediation.load_pipeline()
+        >>> sae = mediation.SparseAutoencoder(192, 384, k=8, place=mediation.Place("unet.mid.0"))
+        >>> options = {"num_inference_steps": 2}
+        >>> prompts, labeller = ["a cat on a red background", "a dog"], bundled.label_composition
+        >>> dictionary = mediation.concept_dictionary(pipe, sae, prompts, labeller, n_top=1, **options)
+        >>> found = mediation.emergence(pipe, [sae], [dictionary], prompts, labeller, seed=2, **options)
+        >>> dict(found.sizes)
+        {'autoencoder': 1, 'case': 2}
+    """
+    prompts, saes = check_prompts(prompts), list(saes)
+    if not saes or len(saes) != len(dictionaries):
+        raise ValueError(f"there is one dictionary for each autoencoder; got {len(saes)} and {len(dictionaries)}")
+    if len(prompts) < 2:
+        raise ValueError("emergence needs at least two prompts: the control mistakes one picture for another")
+    for sae, dictionary in zip(saes, dictionaries, strict=True):
+        check_spliceable(pipe, sae, "cond")
+        if dictionary.sizes["latent"] != sae.n_latents:
+            raise ValueError(
+                f"a dictionary has {dictionary.sizes['latent']} latents, and its autoencoder {sae.n_latents}"
+            )
+    if len({sae.place for sae in saes}) < len(saes):
+        raise ValueError("two autoencoders read the same place: compare them in separate calls")
+    sampling, seeds = Sampling(num_inference_steps, guidance_scale), range(seed, seed + len(prompts))
+    votes = [_votes(dictionary) for dictionary in dictionaries]
+    labels = [dictionary.label.values.tolist() for dictionary in dictionaries]
+    sums = [_Sums() for _ in saes]
+    scores: list[list[torch.Tensor]] = [[] for _ in saes]
+    masks: list[dict[str, torch.Tensor]] = []
+    options = {"sampling": sampling, "with_images": True, "batch_size": batch_size}
+    with tqdm(total=len(prompts), desc="watching", unit="image", disable=None if progress else True) as bar:
+        for found in observe(pipe, prompts, seeds, [sae.place for sae in saes], **options):
+            for i, sae in enumerate(saes):
+                for activations in found.activations[sae.place]:
+                    latents = sums[i].add(sae, activations)
+                    # steps together, then (label, y, x)
+                    scores[i].append((latents.sum(0) @ votes[i]).permute(2, 0, 1))
+            masks += [_partition(label_masks(labeller, image)) for image in found.images]
+            bar.update(len(found.prompts))
+    n = len(prompts)
+    values = {name: numpy.full((len(saes), n), numpy.nan) for name in ("residual", "variance", "miou", "chance_miou")}
+    for i in range(len(saes)):
+        values["residual"][i], values["variance"][i] = sums[i].totals()
+        for j in range(n):
+            values["miou"][i, j] = composition_iou(scores[i][j], labels[i], masks[j])
+            values["chance_miou"][i, j] = composition_iou(scores[i][j - 1], labels[i], masks[j])
+    places = [sae.place for sae in saes]
+    return xarray.Dataset(
+        {name: (("autoencoder", "case"), array) for name, array in values.items()},
+        coords={
+            "autoencoder": [str(place) for place in places],
+            "site": ("autoencoder", [place.site for place in places]),
+            "t": ("autoencoder", [place.steps[0] for place in places]),
+            "branch": ("autoencoder", [place.branch for place in places]),
+            "case": range(n),
+            "prompt": ("case", prompts),
+            "seed": ("case", list(seeds)),
+        },
+        attrs={**dataclasses.asdict(sampling), "provenance": json.dumps(provenance(pipe))},
+    )
+
+
+def summarize_emergence(
+    found: xarray.Dataset,
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+    method: str = "percentile",
+    seed: int = 0,
+) -> xarray.Dataset:
+    """Means over pictures with bootstrap intervals: explained variance, a ratio of sums, and mIoU.
+
+    Args:
+        found: from `mediation.emergence`.
+        confidence: level of the intervals.
+        n_resamples: bootstrap resamples of the pictures.
+        method: "percentile" or "BCa".
+        seed: of the resampling.
+
+    Returns:
+        A Dataset by (autoencoder, measure): mean, low, high. Measures are explained_variance, miou, chance_miou and
+        gain, the difference of the last two, picture by picture.
+    """
+    check_interval(confidence, method)
+    options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
+    missed, low, high = mean_interval(found.residual, found.variance, **options)
+    rows = {"explained_variance": (1 - missed, 1 - high, 1 - low)}
+    quantities = {"miou": found.miou, "chance_miou": found.chance_miou, "gain": found.miou - found.chance_miou}
+    for name, values in quantities.items():
+        rows[name] = mean_interval(values, **options)
+    summary = {}
+    for i, statistic in enumerate(("mean", "low", "high")):
+        columns = numpy.stack([rows[name][i].values for name in rows], axis=1)
+        summary[statistic] = (("autoencoder", "measure"), columns)
+    found = xarray.Dataset(summary, coords=found.autoencoder.coords)
+    return found.assign_coords(measure=list(rows)).assign_attrs(options)
+
+
+def composition_iou(scores: torch.Tensor, labels: Sequence[str], masks: dict[str, torch.Tensor]) -> float:
+    """The mean IoU of a predicted layout with masks.
+
+    Args:
+        scores: (label, y, x), at any resolution.
+        labels: of the scores.
+        masks: (height, width) by label, without overlap.
+
+    Returns:
+        The mean over the labels that have both; NaN if there are none.
+
+    Example:
+        >>> left = torch.tensor([[True, False]])
+        >>> scores = torch.stack([left.float(), 1 - left.float()])
+        >>> composition_iou(scores, ["cat", "ground"], {"cat": left, "ground": ~left})
+        1.0
+    """
+    present = [label for label, mask in masks.items() if label in labels and mask.any()]
+    if not present:
+        return float("nan")
+    size = masks[present[0]].shape
+    chosen = scores[[labels.index(label) for label in present]][None].float()
+    predicted = F.interpolate(chosen, tuple(size), mode="bilinear")[0].argmax(0)
+    found = []
+    for number, label in enumerate(present):
+        here, there = predicted == number, masks[label]
+        found.append(float((here & there).sum()) / float((here | there).sum()))
+    return sum(found) / len(found)
+
+
+class _Sums:
+    """Sums of squares picture by picture, from which residuals and variances about the mean of all follow."""
+
+    def __init__(self):
+        self._residual: list[float] = []
+        self._squares: list[float] = []
+        self._n: list[int] = []
+        self._sums: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def add(self, sae: SparseAutoencoder, activations: torch.Tensor) -> torch.Tensor:
+        """Adds a picture's activations (step, y, x, feature), and returns their latents."""
+        latents = sae.encode(activations)
+        wide = activations.double()
+        self._residual.append(float((wide - sae.decode(latents).to(wide)).square().sum()))
+        self._squares.append(float(wide.square().sum()))
+        self._sums.append(wide.flatten(0, -2).sum(0))
+        self._n.append(wide[..., 0].numel())
+        return latents.cpu()
+
+    def totals(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Residuals and variances, (picture,)."""
+        sums, n = torch.stack(self._sums).numpy(), numpy.array(self._n)
+        mean = sums.sum(0) / n.sum()
+        variances = numpy.array(self._squares) - 2 * sums @ mean + n * (mean @ mean)
+        return numpy.array(self._residual), variances
+
+
+def _votes(dictionary: xarray.Dataset) -> torch.Tensor:
+    """How much more often than anywhere a label is met where a latent is active, (latent, label)."""
+    counts = dictionary[["area", "n_positions"]].sum("fold")
+    base = counts.area / counts.n_positions
+    return torch.from_numpy((dictionary.precision - base).fillna(0).transpose("latent", "label").values).float()
+
+
+def _partition(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if masks and torch.stack(list(masks.values())).sum(0).max() > 1:
+        raise ValueError(
+            f"masks of a composition must not overlap, and those of {', '.join(masks)} do: label one kind of thing only"
+        )
+    return masks

@@ -1,0 +1,235 @@
+"""Dictionaries count what a slow count of sets counts; layouts and scores are those of small examples."""
+
+import itertools
+import json
+
+import numpy
+import PIL.Image
+import pytest
+import torch
+import xarray
+
+import mediation
+from mediation import Place, SparseAutoencoder
+from mediation.autoencoders.concepts import _example, embed_latents, score_latents
+from mediation.autoencoders.files import open_dictionary, save_dictionary
+from mediation.autoencoders.layouts import _Sums, composition_iou
+from mediation.autoencoders.observing import observe
+from mediation.autoencoders.tally import Tally, on_grid
+from mediation.sampling import Sampling
+
+N_LATENTS, SIZE = 7, (4, 6)
+FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
+
+
+def halves(image):
+    """Left and right, and, where a picture is dark, "dark" all over."""
+    width = image.shape[2]
+    left = numpy.zeros(image.shape[1:], bool)
+    left[:, : width // 2] = True
+    return {"side: left": left, "side: right": ~left} | ({"dark": ~(left & ~left)} if image.mean() < 0.5 else {})
+
+
+@pytest.fixture
+def pictures():
+    """Latents (step, y, x, latent) and masks of five pictures; labels appear one after the other."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(5):
+        latents = torch.rand((2, *SIZE, N_LATENTS), generator=random)
+        latents = latents * (torch.rand(latents.shape, generator=random) < 0.3)
+        latents[..., 0] = 0  # never active
+        masks = {f"kind: {i}": torch.rand(8, 12, generator=random) < 0.5 for i in range(1 + number % 3)}
+        found.append((latents, masks))
+    return found
+
+
+def positions(latents, latent):
+    """Where a latent is active, as a set of (step, y, x)."""
+    return {tuple(place) for place in (latents[..., latent] > 0).nonzero().tolist()}
+
+
+def covered(mask):
+    """Where a mask covers at least half of a cell, in both steps."""
+    grid = mask.reshape(SIZE[0], 8 // SIZE[0], SIZE[1], 12 // SIZE[1]).float().mean((1, 3)) >= 0.5
+    return {(step, *place) for step in range(2) for place in grid.nonzero().tolist()}
+
+
+def test_counts_are_those_of_sets(pictures):
+    tally = Tally(N_LATENTS, n_top=2)
+    for picture in pictures:
+        tally.add(*picture)
+    found = tally.finish()
+    assert found.label.values.tolist() == ["kind: 0", "kind: 1", "kind: 2"]
+    for latent, label in itertools.product(range(N_LATENTS), found.label.values):
+        sets = [(positions(z, latent), covered(m[label]) if label in m else set()) for z, m in pictures]
+        mismatched = [(sets[i][0], sets[i - 1][1]) for i in range(len(sets))]
+        for name, pairs in (("overlap", sets), ("chance_overlap", mismatched)):
+            for fold in (0, 1):
+                expected = sum(len(a & b) for a, b in pairs[fold::2])
+                assert float(found[name].sel(latent=latent, label=label, fold=fold)) == expected
+        overlap = sum(len(a & b) for a, b in sets)
+        n_active, area = sum(len(a) for a, _ in sets), sum(len(b) for _, b in sets)
+        here = found.sel(latent=latent, label=label)
+        if n_active:
+            assert float(here.iou) == pytest.approx(overlap / (n_active + area - overlap))
+            assert float(here.precision) == pytest.approx(overlap / n_active)
+            assert float(here.recall) == pytest.approx(overlap / area)
+        else:
+            assert numpy.isnan(float(here.precision))
+        assert int(here.n) == sum(bool(a) for a, _ in sets)
+
+
+def test_the_pictures_kept_are_those_with_the_highest_peaks(pictures):
+    tally = Tally(N_LATENTS, n_top=3)
+    for picture in pictures:
+        tally.add(*picture)
+    found = tally.finish()
+    peaks = torch.stack([latents.flatten(0, 2).amax(0) for latents, _ in pictures])
+    for latent in range(1, N_LATENTS):
+        order = peaks[:, latent].argsort(descending=True)[:3]
+        assert found.top_image.sel(latent=latent).values.tolist() == order.tolist()
+        numpy.testing.assert_allclose(found.top_activation.sel(latent=latent), peaks[order, latent])
+        best = pictures[int(order[0])][0][..., latent].amax(0)
+        numpy.testing.assert_allclose(found.top_map.sel(latent=latent, top=0), best)
+    assert not found.top_activation.sel(latent=0).any()
+
+
+def test_dictionaries_of_several_autoencoders_are_those_of_each(tiny_pipe):
+    saes = [
+        SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0", (1.0, 0.0))).requires_grad_(False),
+        SparseAutoencoder(8, 12, 3, place=Place("unet.down.1.0", (0.0,), "uncond")).requires_grad_(False),
+    ]
+    together = mediation.concept_dictionaries(tiny_pipe, saes, ["a cat", "a dog"], halves, n_top=1, **FAST)
+    for sae, one in zip(saes, together, strict=True):
+        alone = mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], halves, n_top=1, **FAST)
+        xarray.testing.assert_identical(one, alone)
+
+
+def test_grids_take_what_covers_half_a_cell():
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 0] = mask[0, 1] = mask[3, 3] = True
+    assert on_grid(mask, (2, 2)).tolist() == [[True, False], [False, False]]
+    assert torch.equal(on_grid(mask, (4, 4)), mask)
+
+
+def test_scores_are_of_pictures_that_did_not_choose_the_label():
+    dictionary = _example()
+    # in the odd pictures, the first latent is active where the dog is
+    dictionary.overlap[1, 0] = [1.0, 3.0]
+    scores = score_latents(dictionary)
+    assert scores.label.values.tolist() == ["object: cat", "object: dog"]
+    numpy.testing.assert_allclose(scores.iou, [1 / 7, 1])
+    numpy.testing.assert_allclose(scores.precision, [1 / 4, 1])
+    entropy = -(0.25 * numpy.log(0.25) + 0.75 * numpy.log(0.75)) / numpy.log(2)
+    numpy.testing.assert_allclose(scores.monosemanticity, [1 - entropy, 1])
+    numpy.testing.assert_allclose(scores.chance_iou, [2 / 6, 2 / 6])
+    numpy.testing.assert_allclose(scores.chance_monosemanticity, [0, 0], atol=1e-12)
+
+
+def test_latents_and_labels_find_each_other():
+    dictionary = _example()
+    assert mediation.concept_latents(dictionary, "object: cat") == [0]
+    assert mediation.concept_latents(dictionary, "dog") == [1]
+    assert mediation.concept_labels(dictionary, threshold=0.5) == {0: ["object: cat"], 1: ["object: dog"]}
+    with pytest.raises(KeyError, match="no label is called 'fox'"):
+        mediation.concept_latents(dictionary, "fox")
+    vectors = embed_latents(dictionary, lambda labels: numpy.eye(2))
+    numpy.testing.assert_allclose(vectors, numpy.eye(2))
+
+
+def test_a_dictionary_of_a_pipeline_names_positions(tiny_pipe, tmp_path):
+    """A latent that is active on the left alone is named so, and not by chance."""
+    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0", (1.0, 0.0))).requires_grad_(False)
+    prompts = ["a cat", "a dog", "a red bird", "an image of ink"]
+    found = mediation.concept_dictionary(tiny_pipe, sae, prompts, halves, n_top=2, seed=4, **FAST)
+    assert float(found.n_positions.sum()) == 4 * 2 * 64
+    assert {"side: left", "side: right"} <= set(found.label.values)
+    alive = found.n > 0
+    both = found.precision.sel(label=["side: left", "side: right"]).sum("label")
+    numpy.testing.assert_allclose(both.where(alive, drop=True), 1)
+    assert found.thumbnail.shape == (4, 16, 16, 3)
+    assert found.attrs["labeller"] == "halves"
+    assert json.loads(found.attrs["provenance"])["pipeline"]["class"] == "StableDiffusionPipeline"
+    save_dictionary(found, tmp_path / "found.nc")
+    again = open_dictionary(tmp_path / "found.nc")
+    numpy.testing.assert_array_equal(again.iou, found.iou)
+    numpy.testing.assert_array_equal(again.thumbnail, found.thumbnail)
+    mediation.write_sheet(again, tmp_path / "sheet.html")
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("<tr data-label=") == int(alive.sum())
+    strip = mediation.top_strip(found, int(found.latent[alive][0]))
+    assert strip.size == (2 * 18 - 2, 16)
+
+
+def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
+    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0")).requires_grad_(False)
+    prompts = ["a cat", "a dog", "a red bird"]
+
+    def sides(image):
+        return {label: mask for label, mask in halves(image).items() if label != "dark"}
+
+    dictionary = mediation.concept_dictionary(tiny_pipe, sae, prompts, sides, n_top=1, **FAST)
+    found = mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, seed=9, **FAST)
+    (seen,) = observe(tiny_pipe, prompts, [9, 10, 11], [sae.place], sampling=Sampling(2, 4.0))
+    z = sae.encode(seen.activations[sae.place][:, 0])
+    votes = (dictionary.precision - 0.5).fillna(0).sel(label=["side: left", "side: right"])
+    scores = numpy.einsum("pyxc,cl->plyx", z, votes.transpose("latent", "label")).astype(numpy.float32)
+    on_left = numpy.arange(16) < 8
+    for case in range(3):
+        for name, used in (("miou", scores[case]), ("chance_miou", scores[case - 1])):
+            left, right = (PIL.Image.fromarray(one).resize((16, 16), PIL.Image.Resampling.BILINEAR) for one in used)
+            predicted = numpy.asarray(left) >= numpy.asarray(right)
+            pairs = ((predicted, on_left[None]), (~predicted, ~on_left[None]))
+            expected = numpy.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
+            assert float(found[name][0, case]) == pytest.approx(expected)
+    assert len(numpy.unique(found.miou)) > 1
+    summary = mediation.summarize_emergence(found)
+    explained = 1 - float(found.residual.sum() / found.variance.sum())
+    assert float(summary["mean"].sel(measure="explained_variance")[0]) == pytest.approx(explained)
+    gain = float((found.miou - found.chance_miou).mean())
+    assert float(summary["mean"].sel(measure="gain")[0]) == pytest.approx(gain)
+    with pytest.raises(ValueError, match="must not overlap"):
+        mediation.emergence(
+            tiny_pipe, [sae], [dictionary], prompts, lambda image: dict.fromkeys("ab", image[0] > -1), **FAST
+        )
+
+
+def test_a_layout_is_scored_label_by_label():
+    cat = torch.zeros(4, 4, dtype=torch.bool)
+    cat[:2] = True
+    masks = {"cat": cat, "ground": ~cat}
+    scores = torch.stack([torch.tensor([[1.0], [1.0], [1.0], [0.0]]).expand(4, 4), torch.full((4, 4), 0.5)])
+    assert composition_iou(scores, ["cat", "ground"], masks) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert composition_iou(scores[:1], ["cat"], masks) == pytest.approx(1 / 2), "what is not known is not counted"
+    assert numpy.isnan(composition_iou(scores, ["fox", "hen"], masks))
+
+
+def test_variances_are_about_the_mean_of_all_pictures():
+    sae = SparseAutoencoder(5, 9, 3).requires_grad_(False)
+    x = 3 + torch.randn(4, 1, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    sums = _Sums()
+    for picture in x:
+        torch.testing.assert_close(sums.add(sae, picture), sae.encode(picture))
+    residuals, variances = sums.totals()
+    mean = x.double().flatten(0, -2).mean(0)
+    numpy.testing.assert_allclose(variances, (x.double() - mean).square().sum((1, 2, 3, 4)))
+    numpy.testing.assert_allclose(residuals, (x - sae(x)).double().square().sum((1, 2, 3, 4)), rtol=1e-5)
+
+
+def test_mistakes_are_errors(tiny_pipe, tmp_path):
+    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0"))
+    options = {"n_top": 1, **FAST}
+    with pytest.raises(ValueError, match="at least two prompts"):
+        mediation.concept_dictionary(tiny_pipe, sae, ["a cat"], halves, **options)
+    with pytest.raises(ValueError, match="n_top must be from 1"):
+        mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], halves, **FAST)
+    for labeller, message in ((lambda image: None, "masks by label"), (lambda image: {"a": [True]}, "has shape")):
+        with pytest.raises(ValueError, match=message):
+            mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], labeller, **options)
+    with pytest.raises(ValueError, match="found nothing"):
+        mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], lambda image: {}, **options)
+    with pytest.raises(ValueError, match=r"in a \.nc file"):
+        save_dictionary(_example(), tmp_path / "dictionary.txt")
+    with pytest.raises(FileNotFoundError, match="no dictionary"):
+        open_dictionary(tmp_path / "none.nc")
