@@ -12,6 +12,7 @@ from editing.plots import plot_evaluation, plot_sheet
 from editing.quickfix import quickfix
 from editing.regularization import Relative
 from editing.scores import summarize_evaluation
+from editing.steering import steer
 from editing.suites import Suite, Trial
 from editing.updates import LowRank, Mixed, Sparse
 
@@ -36,5 +37,6 @@ __all__ = [
     "plot_evaluation",
     "plot_sheet",
     "quickfix",
+    "steer",
     "summarize_evaluation",
 ]

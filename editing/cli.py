@@ -13,6 +13,7 @@ import xarray
 
 import editing
 import mediation
+from editing.steercli import steer
 from editing.updates import describe_extent
 from mediation.commands import add_command, new_app
 
@@ -120,6 +121,9 @@ def amplify(
     Example: editing amplify more-ink-scores.safetensors --output more-ink.safetensors
     """
     _finish(editing.cad_amplify(mediation.Attribution.load(attribution), ratio=ratio, per=per), output)
+
+
+_command(steer)
 
 
 @_command
