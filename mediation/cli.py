@@ -13,6 +13,7 @@ import typer
 
 import mediation
 from mediation import casefiles, mapfiles, reports, tensorfiles
+from mediation.autoencoders import cli as autoencoders_cli
 from mediation.commands import add_command, new_app
 
 app = new_app()
@@ -195,6 +196,8 @@ def compare(
     found = mediation.compare(mapfiles.open_map(a), mapfiles.open_map(b), k)
     typer.echo(reports.comparison_as_json(found) if as_json else reports.describe_comparison(found))
 
+
+app.add_typer(autoencoders_cli.app, name="sae")
 
 for _entry in importlib.metadata.entry_points(group="mediation.commands"):
     add_command(app, _entry.load())
