@@ -16,7 +16,13 @@ from benchmarks.reproduce.claims import INCONCLUSIVE, MARGIN, NOT_REPRODUCED, RE
 _MARKERS = {REPRODUCED: ("o", "#1b7837"), NOT_REPRODUCED: ("X", "#b35806"), INCONCLUSIVE: ("s", "#7f7f7f")}
 
 
-def write(claims: Sequence[Claim], folder: pathlib.Path, settings: Mapping[str, object], scope: str) -> None:
+def write(
+    claims: Sequence[Claim],
+    folder: pathlib.Path,
+    settings: Mapping[str, object],
+    scope: str,
+    title: str = "Claims of causal tracing, tested",
+) -> None:
     """Writes claims.md, claims.json, and a figure for each claim.
 
     Args:
@@ -24,6 +30,7 @@ def write(claims: Sequence[Claim], folder: pathlib.Path, settings: Mapping[str, 
         folder: where to; made if need be.
         settings: what was run, for the reader.
         scope: what the results say and do not say, in words.
+        title: of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for claim in claims:
@@ -36,13 +43,13 @@ def write(claims: Sequence[Claim], folder: pathlib.Path, settings: Mapping[str, 
         "claims": [plain(dataclasses.asdict(one)) for one in claims],
     }
     (folder / "claims.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
-    (folder / "claims.md").write_text(as_markdown(claims, settings, scope))
+    (folder / "claims.md").write_text(as_markdown(claims, settings, scope, title))
 
 
-def as_markdown(claims: Sequence[Claim], settings: Mapping[str, object], scope: str) -> str:
+def as_markdown(claims: Sequence[Claim], settings: Mapping[str, object], scope: str, title: str) -> str:
     """The claims as a page: verdicts first, then a table for each."""
     lines = [
-        "# Claims of causal tracing, tested",
+        f"# {title}",
         "",
         "; ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         "",

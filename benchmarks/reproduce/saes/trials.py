@@ -1,0 +1,198 @@
+"""Steering trials: is the object where it was put, has the picture the style, the background, that was asked for?
+
+Every trial draws the same pictures by four arms: steered by the concept's latents; by as many other latents that are
+active in pictures, drawn at random; along random directions in place of the concept's; and not at all. All steered arms
+add as much, relative to what is there. The strength is chosen by the concept's arm alone, on other pictures.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+
+import numpy
+import torch
+import torch.nn.functional as F
+import xarray
+from diffusers import DiffusionPipeline
+
+import editing
+import mediation
+from benchmarks.emoji import world
+from benchmarks.emoji.evaluate import generate
+from benchmarks.reproduce.saes.preparing import OBJECTS, SEEDS, Settings
+from mediation import bundled
+from mediation.bundled.labelling import foreground
+
+EXPERIMENTS = ("quadrant", "style", "background")
+ARMS = ("concept", "random latents", "random directions", "unsteered")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+N_LATENTS = 5  # that are steered together
+QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # row by row
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Pictures, each with what it should show once it is steered.
+
+    Attributes:
+        experiment: one of `EXPERIMENTS`.
+        objects: what is drawn; each is one picture for each target.
+        targets: quadrants, styles or backgrounds.
+        seed: of the first picture; every picture has noise of its own.
+    """
+
+    experiment: str
+    objects: tuple[str, ...]
+    targets: tuple[str, ...]
+    seed: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """One prompt per object; nothing is said of what is steered."""
+        return [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in self.objects]
+
+    def first_seed(self, number: int) -> int:
+        """The seed of the first picture of the target with this number."""
+        return self.seed + number * len(self.objects)
+
+    def label(self, target: str) -> str:
+        """The label of the dictionary whose latents are steered towards a target."""
+        return "object" if self.experiment == "quadrant" else f"{self.experiment}: {target}"
+
+
+def trials(experiment: str, settings: Settings) -> tuple[Trial, Trial]:
+    """The trial that a strength is chosen by, and the one that is reported: other objects, other noise."""
+    targets = {
+        "quadrant": QUADRANTS,
+        "style": world.STYLES,
+        "background": tuple(name for name in world.BACKGROUNDS if name != "white"),
+    }[experiment]
+    order = numpy.random.default_rng(SEEDS["steering"]).permutation(OBJECTS).tolist()
+    tuned, reported = order[: settings.tuned], order[settings.tuned :][: settings.objects]
+    start = 10_000 * SEEDS["steering"]
+    return Trial(experiment, tuple(tuned), targets, start), Trial(experiment, tuple(reported), targets, start + 1000)
+
+
+class Studio:
+    """Draws the pictures of trials, steered and not."""
+
+    def __init__(self, pipe: DiffusionPipeline, settings: Settings):
+        self.settings, self._pipe = settings, pipe
+        self._unsteered: dict[tuple[tuple[str, ...], int], torch.Tensor] = {}
+
+    def draw(self, trial: Trial, number: int) -> torch.Tensor:
+        """The images in [0, 1] of the target with this number, (object, 3, height, width)."""
+        options = {"steps": self.settings.steps, "guidance_scale": self.settings.guidance_scale}
+        return generate(self._pipe, trial.prompts, seed=trial.first_seed(number), **options)
+
+    def unsteered(self, trial: Trial, number: int) -> torch.Tensor:
+        """The same without steering, drawn once for whatever is steered."""
+        key = (trial.objects, trial.first_seed(number))
+        if key not in self._unsteered:
+            self._unsteered[key] = self.draw(trial, number)
+        return self._unsteered[key]
+
+    def successes(
+        self,
+        sae: mediation.SparseAutoencoder,
+        dictionary: xarray.Dataset,
+        trial: Trial,
+        stage: tuple[float, float],
+        arm: str,
+        strength: float,
+    ) -> numpy.ndarray:
+        """Whether each picture shows its target, by target and object; a target without latents fails."""
+        found = []
+        for number, target in enumerate(trial.targets):
+            if arm == "unsteered":
+                images = self.unsteered(trial, number)
+            elif has_latents(dictionary, trial.label(target)):
+                used, latents = steered_by(sae, dictionary, trial.label(target), arm, seed=number)
+                region = target if trial.experiment == "quadrant" else None
+                with editing.steer(self._pipe, used, latents, strength=strength, region=region, stage=stage):
+                    images = self.draw(trial, number)
+            else:
+                images = ()
+            shown = [shows(image, trial.experiment, target) for image in images]
+            found += shown or [False] * len(trial.objects)
+        return numpy.array(found)
+
+
+def run(
+    studio: Studio,
+    sae: mediation.SparseAutoencoder,
+    dictionary: xarray.Dataset,
+    experiment: str,
+    stage: tuple[float, float],
+    path: pathlib.Path,
+    model: str,
+) -> dict:
+    """Chooses a strength, and reports successes by arm, (picture,), with the strength; found again in its file.
+
+    Raises:
+        ValueError: if the file was made with another model or other settings.
+    """
+    tuning, reported = trials(experiment, studio.settings)
+    told = json.dumps({"model": model, "settings": dataclasses.asdict(studio.settings), "stage": stage}, sort_keys=True)
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["arguments"] != told:
+            raise ValueError(f"{path} was made with another model or other settings: choose another --output")
+        return record
+    known = [target for target in tuning.targets if has_latents(dictionary, tuning.label(target))]
+    rates = {
+        strength: float(studio.successes(sae, dictionary, tuning, stage, "concept", strength).mean())
+        for strength in STRENGTHS
+    }
+    # of equal ones the strongest, so that no stage seems without effect for want of strength
+    best = max(rates, key=lambda strength: (rates[strength], strength))
+    record = {
+        "arguments": told,
+        "known": len(known) / len(tuning.targets),
+        "tuning": {str(strength): rate for strength, rate in rates.items()},
+        "strength": best,
+        "success": {
+            arm: studio.successes(sae, dictionary, reported, stage, arm, best).astype(int).tolist() for arm in ARMS
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
+    return record
+
+
+def has_latents(dictionary: xarray.Dataset, label: str) -> bool:
+    """Whether any latent is ever active where a label is."""
+    return label in dictionary.label.values and bool((dictionary.iou.sel(label=label) > 0).any())
+
+
+def steered_by(
+    sae: mediation.SparseAutoencoder, dictionary: xarray.Dataset, label: str, arm: str, *, seed: int
+) -> tuple[mediation.SparseAutoencoder, list[int]]:
+    """The autoencoder and the latents that an arm steers by."""
+    latents = mediation.concept_latents(dictionary, label, k=N_LATENTS)
+    if arm == "concept":
+        return sae, latents
+    rng = numpy.random.default_rng([SEEDS["steering"], seed])
+    if arm == "random latents":
+        alive = [int(i) for i in numpy.flatnonzero(dictionary.n.values) if int(i) not in latents]
+        return sae, rng.choice(alive, min(len(latents), len(alive)), replace=False).tolist()
+    if arm == "random directions":
+        other = copy.deepcopy(sae)
+        directions = torch.from_numpy(rng.normal(size=(len(latents), sae.n_features))).float()
+        with torch.no_grad():
+            other.decoder[latents] = F.normalize(directions, dim=1)
+        return other, latents
+    raise ValueError(f"no arm {arm!r}; the arms are {', '.join(ARMS)}")
+
+
+def shows(image: torch.Tensor, experiment: str, target: str) -> bool:
+    """Whether a picture shows the target: most of its object in a quadrant, or what the probe says of it."""
+    if experiment == "quadrant":
+        shown = torch.from_numpy(foreground(image)).float()
+        shares = F.adaptive_avg_pool2d(shown[None], 2).flatten().tolist()
+        # a tie is no success
+        return shares.count(max(shares)) == 1 and QUADRANTS[shares.index(max(shares))] == target
+    probe = bundled.load_probe()
+    seen = probe.probabilities(image[None], experiment)[0].argmax()
+    return probe.labels(experiment)[int(seen)] == target

@@ -1,0 +1,223 @@
+"""The claims of the paper's abstract, and what the experiments make of them.
+
+Differences between arms are taken picture by picture. By their intervals they are judged as everywhere in these
+reproductions: an effect counts if all of its interval lies above `claims.MARGIN`, and is negligible if all of it lies
+within. Intervals are studentised, over pictures, and hold with 95% for all blocks of one claim together.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy
+import xarray
+
+from benchmarks.reproduce.claims import MARGIN, Claim, Estimate, Finding, judge, together
+from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES
+from benchmarks.reproduce.simultaneous import ratio_intervals
+
+_CONTROLS = ("random latents", "random directions", "unsteered")
+
+# (experiment, block, stage) -> record of `trials.run`
+Records = Mapping[tuple[str, str, str], Mapping]
+
+
+def all_claims(layouts: xarray.Dataset, records: Records) -> list[Claim]:
+    """Every claim that was put to the test, with its verdict."""
+    blocks = list(dict.fromkeys(layouts.block.values.tolist()))
+    claims = [_predicted(layouts, blocks)]
+    experiments = {experiment for experiment, _, _ in records}
+    if "quadrant" in experiments:
+        claims += [
+            _effective(
+                "composition_early",
+                "In early stages, image composition can be effectively controlled",
+                records,
+                ("quadrant", "early"),
+                blocks,
+            ),
+            _settled(records, blocks),
+            _ineffective(
+                "composition_final",
+                "In the final stages, composition is not subject to change",
+                records,
+                ("quadrant", "final"),
+                blocks,
+            ),
+        ]
+    if "style" in experiments:
+        claims += [
+            _effective(
+                "style_middle",
+                "In the middle stages, stylistic interventions are effective",
+                records,
+                ("style", "middle"),
+                blocks,
+            ),
+            _ineffective(
+                "style_final",
+                "In the final stages, style is not subject to change",
+                records,
+                ("style", "final"),
+                blocks,
+            ),
+        ]
+    return claims
+
+
+def estimates(columns: Mapping[str, numpy.ndarray]) -> dict[str, Estimate]:
+    """Means with intervals that hold for all columns together; each is (picture,), NaN where it does not count.
+
+    Where all pictures are alike, there may still be others that were not met: 3 / n of them with 95% (the rule of
+    three; Hanley and Lippman-Hand 1983, doi:10.1001/jama.1983.03330370053031).
+
+    Example:
+        >>> str(estimates({"up": numpy.ones(30)})["up"])
+        '1.00 [0.90, 1.10]'
+    """
+    values = numpy.stack(list(columns.values()), axis=1)
+    found = ratio_intervals(values, numpy.ones(len(values)), 0.95)
+    rule = 3 / (~numpy.isnan(values)).sum(0).clip(min=1)
+    found[1:] += numpy.where(found[1] == found[2], rule, 0) * [[-1], [1]]
+    return {name: Estimate(*map(float, one)) for name, one in zip(columns, found.T, strict=True)}
+
+
+def _predicted(layouts: xarray.Dataset, blocks: Sequence[str]) -> Claim:
+    first = {block: _of(layouts, block, "early") for block in blocks}
+    gains = estimates({block: (one.miou - one.chance_miou).values for block, one in first.items()})
+    shown, chance = (estimates({b: one[name].values for b, one in first.items()}) for name in ("miou", "chance_miou"))
+    findings = [
+        Finding(
+            attribute=block,
+            place=f"{BLOCKS[block]}, first step",
+            estimate=shown[block],
+            control=chance[block],
+            sham=None,
+            verdict=judge([gains[block]], []),
+            reason=f"exceeds the control by {gains[block]}",
+        )
+        for block in blocks
+    ]
+    return _claim(
+        "prediction",
+        "The final composition can be predicted from what is active at the first step",
+        "mean IoU of the predicted layout with that of the finished picture",
+        "the same with what is active in another picture",
+        f"the mean IoU exceeds the control's by more than {MARGIN}",
+        findings,
+    )
+
+
+def _effective(name: str, statement: str, records: Records, where: tuple[str, str], blocks: Sequence[str]) -> Claim:
+    experiment, stage = where
+    return _claim(
+        name,
+        statement,
+        f"{experiment} success of pictures steered by the concept's latents",
+        "the best of random latents, random directions and no steering",
+        f"success exceeds that of each control by more than {MARGIN}",
+        [_against_controls(records, experiment, block, stage, effective=True) for block in blocks],
+    )
+
+
+def _ineffective(name: str, statement: str, records: Records, where: tuple[str, str], blocks: Sequence[str]) -> Claim:
+    experiment, stage = where
+    return _claim(
+        name,
+        statement,
+        f"{experiment} success of pictures steered by the concept's latents",
+        "no steering",
+        f"success differs from that without steering by less than {MARGIN}",
+        [_against_controls(records, experiment, block, stage, effective=False) for block in blocks],
+    )
+
+
+def _settled(records: Records, blocks: Sequence[str]) -> Claim:
+    differences = estimates(
+        {
+            block: _success(records, "quadrant", block, "early", "concept")
+            - _success(records, "quadrant", block, "middle", "concept")
+            for block in blocks
+        }
+    )
+    rates = {
+        stage: estimates({block: _success(records, "quadrant", block, stage, "concept") for block in blocks})
+        for stage in ("early", "middle")
+    }
+    findings = [
+        Finding(
+            attribute=block,
+            place=f"{BLOCKS[block]}, middle",
+            estimate=rates["middle"][block],
+            control=rates["early"][block],
+            sham=None,
+            verdict=judge([differences[block]], []),
+            reason=f"success in the early stages exceeds it by {differences[block]}",
+        )
+        for block in blocks
+    ]
+    return _claim(
+        "composition_settled",
+        "In the middle stages, image composition is finalized",
+        "quadrant success of pictures steered in the middle stages",
+        "the same steered in the early stages",
+        f"success in the early stages exceeds that in the middle by more than {MARGIN}",
+        findings,
+    )
+
+
+def _against_controls(records: Records, experiment: str, block: str, stage: str, *, effective: bool) -> Finding:
+    controls = _CONTROLS if effective else ("unsteered",)
+    own = _success(records, experiment, block, stage, "concept")
+    others = {arm: _success(records, experiment, block, stage, arm) for arm in controls}
+    differences = estimates({arm: own - other for arm, other in others.items()})
+    best = max(controls, key=lambda arm: others[arm].mean())
+    verdict = judge(list(differences.values()), []) if effective else judge([], list(differences.values()))
+    told = "; ".join(f"{one} above {arm}" for arm, one in differences.items())
+    known = records[experiment, block, stage]["known"]
+    return Finding(
+        attribute=block,
+        place=f"{BLOCKS[block]}, {stage}",
+        estimate=estimates({"own": own})["own"],
+        control=estimates({"best": others[best]})["best"],
+        sham=None,
+        verdict=verdict,
+        reason=f"{told}; strength {records[experiment, block, stage]['strength']}, {known:.0%} of targets have latents",
+    )
+
+
+def _claim(name: str, statement: str, quantity: str, control: str, rule: str, findings: list[Finding]) -> Claim:
+    verdict = together([one.verdict for one in findings])
+    return Claim(name, statement, quantity, control, rule, tuple(findings), verdict)
+
+
+def _of(layouts: xarray.Dataset, block: str, stage: str, branch: str = "cond") -> xarray.Dataset:
+    chosen = (layouts.block == block) & (layouts.stage == stage) & (layouts.branch == branch)
+    return layouts.isel(autoencoder=int(numpy.flatnonzero(chosen.values)[0]))
+
+
+def _success(records: Records, experiment: str, block: str, stage: str, arm: str) -> numpy.ndarray:
+    return numpy.array(records[experiment, block, stage]["success"][arm], float)
+
+
+def tables(summary: xarray.Dataset, records: Records) -> str:
+    """Explained variance and layouts by place, and successes by experiment, block and stage, as a page."""
+    lines = [
+        "# What autoencoders explain, show and change",
+        "",
+        "| block | stage | branch | explained variance | mIoU | mIoU by another picture's latents | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for i in range(summary.sizes["autoencoder"]):
+        one = summary.isel(autoencoder=i)
+        values = (one.sel(measure=name) for name in ("explained_variance", "miou", "chance_miou", "gain"))
+        cells = [f"{float(v['mean']):.3f} [{float(v.low):.3f}, {float(v.high):.3f}]" for v in values]
+        place = (str(one[name].values) for name in ("block", "stage", "branch"))
+        lines.append(f"| {' | '.join([*place, *cells])} |")
+    lines += ["", "Brackets: 95% bootstrap intervals over pictures.", ""]
+    lines += ["| experiment | block | stage | strength | " + " | ".join(("concept", *_CONTROLS)) + " |"]
+    lines += ["|---" * (4 + 1 + len(_CONTROLS)) + "|"]
+    for (experiment, block, stage), record in records.items():
+        found = estimates({arm: _success(records, experiment, block, stage, arm) for arm in ("concept", *_CONTROLS)})
+        cells = [experiment, block, stage, str(record["strength"]), *map(str, found.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Stages are t in {', '.join(f'{name} {span}' for name, span in STAGES.items())}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Arms differ in what they should, and verdicts follow from numbers."""
+
+import dataclasses
+import json
+
+import numpy
+import pytest
+import torch
+import xarray
+
+import mediation
+from benchmarks.reproduce import autoencoders
+from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from benchmarks.reproduce.saes import trials, verdicts
+from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES, Settings, places
+from mediation import SparseAutoencoder
+from mediation.autoencoders.concepts import _example
+
+
+def records(success):
+    """Records of all trials; `success` gives the share of successes by (experiment, stage, arm)."""
+    rng = numpy.random.default_rng(0)
+    found = {}
+    for experiment in trials.EXPERIMENTS:
+        for block in BLOCKS:
+            for stage in STAGES:
+                by_arm = {
+                    arm: (rng.permutation(100) < 100 * success(experiment, stage, arm)).astype(int).tolist()
+                    for arm in trials.ARMS
+                }
+                found[experiment, block, stage] = {"success": by_arm, "strength": 1.0, "known": 1.0}
+    return found
+
+
+def layouts(miou):
+    rng = numpy.random.default_rng(1)
+    keys = list(places(BLOCKS))
+    values = miou + 0.05 * rng.normal(size=(len(keys), 80))
+    blocks, stages, branches = zip(*keys, strict=True)
+    return xarray.Dataset(
+        {"miou": (("autoencoder", "case"), values), "chance_miou": (("autoencoder", "case"), values * 0 + 0.3)},
+        coords={
+            "block": ("autoencoder", list(blocks)),
+            "stage": ("autoencoder", list(stages)),
+            "branch": ("autoencoder", list(branches)),
+        },
+    )
+
+
+def as_in_the_paper(experiment, stage, arm):
+    if arm != "concept":
+        return 0.25
+    return {("quadrant", "early"): 0.8, ("style", "middle"): 0.9}.get((experiment, stage), 0.25)
+
+
+def by_name(claims):
+    return {claim.name: claim.verdict for claim in claims}
+
+
+def test_numbers_as_in_the_paper_reproduce_its_claims():
+    found = by_name(verdicts.all_claims(layouts(0.6), records(as_in_the_paper)))
+    assert found.pop("prediction") == REPRODUCED
+    for name in ("composition_early", "composition_settled", "style_middle"):
+        assert found.pop(name) == REPRODUCED
+    assert set(found) == {"composition_final", "style_final"}
+    assert NOT_REPRODUCED not in found.values()
+
+
+def test_numbers_without_effect_refute_them():
+    found = by_name(verdicts.all_claims(layouts(0.3), records(lambda experiment, stage, arm: 0.25)))
+    assert found["prediction"] == NOT_REPRODUCED
+    assert REPRODUCED not in {found[name] for name in ("composition_early", "composition_settled", "style_middle")}
+
+
+def test_success_that_random_latents_have_too_is_no_effect():
+    def success(experiment, stage, arm):
+        return 0.25 if arm == "unsteered" else 0.9
+
+    found = by_name(verdicts.all_claims(layouts(0.6), records(success)))
+    assert found["composition_early"] in (NOT_REPRODUCED, INCONCLUSIVE)
+    assert found["style_final"] == NOT_REPRODUCED
+
+
+def test_whatever_is_missing_is_made_and_the_rest_is_found_again(tiny_pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mediation, "load_pipeline", lambda: tiny_pipe)
+    monkeypatch.setattr(trials, "STRENGTHS", (1.0,))
+    settings = Settings(steps=3, images=6, positions=200, k=2, labelled=4, watched=3, tuned=1, objects=2)
+    autoencoders.run(settings, ["down"], ["quadrant"], tmp_path)
+    first = capsys.readouterr().out
+    record = json.loads((tmp_path / "steering" / "quadrant.down.early.json").read_text())
+    assert {arm: len(found) for arm, found in record["success"].items()} == dict.fromkeys(trials.ARMS, 4 * 2)
+    assert record["known"] == 1
+    page = (tmp_path / "claims.md").read_text()
+    assert page.startswith("# Claims on concepts in diffusion models, tested")
+    assert page.count("## ") == 4, "the claims on styles were not tested"
+    assert (tmp_path / "tables.md").read_text().count("| quadrant | down |") == len(STAGES)
+    for name in ("collect_activations", "fit_sae", "concept_dictionaries"):
+        monkeypatch.setattr(mediation, name, None)
+    monkeypatch.setattr(trials.Studio, "draw", None)
+    autoencoders.run(settings, ["down"], ["quadrant"], tmp_path)
+    second = capsys.readouterr().out
+    assert first.splitlines()[-4:] == second.splitlines()[-4:], "the verdicts"
+    with pytest.raises(ValueError, match="other settings"):
+        autoencoders.run(dataclasses.replace(settings, steps=4), ["down"], ["quadrant"], tmp_path)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"images": 0}, "images must be"), ({"objects": 40}, "39 objects")])
+def test_settings_that_cannot_be_met_are_errors(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
+def test_arms_steer_by_what_they_are_called():
+    sae, dictionary = SparseAutoencoder(4, 2, 1).requires_grad_(False), _example()
+    dictionary = dictionary.assign(n=("latent", [3, 3]))
+    same, latents = trials.steered_by(sae, dictionary, "object: cat", "concept", seed=0)
+    assert same is sae
+    assert latents == [0]
+    same, others = trials.steered_by(sae, dictionary, "object: cat", "random latents", seed=0)
+    assert same is sae
+    assert others == [1]
+    other, latents = trials.steered_by(sae, dictionary, "object: cat", "random directions", seed=0)
+    assert latents == [0]
+    assert not torch.equal(other.decoder[0], sae.decoder[0])
+    assert torch.equal(other.decoder[1], sae.decoder[1])
+    torch.testing.assert_close(other.decoder.norm(dim=1), torch.ones(2))
+    with pytest.raises(ValueError, match="no arm"):
+        trials.steered_by(sae, dictionary, "object: cat", "magic", seed=0)
+
+
+def test_strengths_are_chosen_on_other_objects_and_noise():
+    for experiment in trials.EXPERIMENTS:
+        tuning, reported = trials.trials(experiment, Settings())
+        assert not set(tuning.objects) & set(reported.objects)
+        seeds = [set(range(trial.seed, trial.first_seed(len(trial.targets)))) for trial in (tuning, reported)]
+        assert [len(one) for one in seeds] == [len(one.objects) * len(one.targets) for one in (tuning, reported)]
+        assert not seeds[0] & seeds[1]
