@@ -114,7 +114,8 @@ def by_saelens(batches: Sequence[torch.Tensor], n_latents: int, k: int, rate: fl
             feature_sampling_window=2000,
             logger=LoggingConfig(log_to_wandb=False, eval_every_n_wandb_logs=2**31 - 1),
         )
-        options = {"d_in": batches[0].shape[1], "d_sae": n_latents, "k": k, "use_sparse_activations": True}
+        # its sparse activations have no gradient on the CPU, as of torch 2.13
+        options = {"d_in": batches[0].shape[1], "d_sae": n_latents, "k": k, "use_sparse_activations": False}
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(**options))
         return SAETrainer(cfg=config, sae=sae, data_provider=iter(batches)).fit()
 
