@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    pipe = mediation.load_pipeline()
+    pipe.register_to_config(_name_or_path="Emoji Diffusion")  # in what is recorded: not a folder of this machine
     sae = mediation.train_sae(
-        mediation.load_pipeline(),
+        pipe,
         captions(N_CAPTIONS, seed=0),
         **_SETTINGS,
         recipe=mediation.Recipe(n_positions=options.positions),
