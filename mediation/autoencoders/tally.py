@@ -23,7 +23,7 @@ class Tally:
         >>> left = torch.tensor([[True, False]])
         >>> for _ in range(2):
         ...     tally.add(torch.tensor([[[[3.0], [0.0]]]]), {"left": left})
-        >>> float(tally.finish().iou)
+        >>> tally.finish().iou.item()
         1.0
     """
 

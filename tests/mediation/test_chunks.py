@@ -51,7 +51,7 @@ def test_every_run_is_measured_within_the_bound(tiny_pipe, n, chunk, mode):
         return numbered([controls[run]])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mediation.restoration.sample_rows", sample_rows)
+        patch.setattr("mediation.plans.sample_rows", sample_rows)
         patch.setattr("mediation.restoration.sample_alone", sample_alone)
         effects = mediation.trace(
             tiny_pipe, CASE, sites=sites, metric=number, mode=mode, batch_size=chunk + 2, progress=False

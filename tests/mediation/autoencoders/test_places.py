@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import mediation
 from mediation import Place
 from mediation.autoencoders.observing import observe
-from mediation.autoencoders.places import find_site, in_stage, nearest_step, visiting
+from mediation.autoencoders.places import Moment, find_site, in_stage, nearest_step, visiting
 from mediation.pipelines import family_of
 from mediation.sampling import Sampling
 from tests.runs import SAMPLING, alone, hooks_of
@@ -84,7 +83,7 @@ def test_each_picture_is_that_of_its_prompt_and_seed(tiny_pipe):
 def test_stages_divide_the_steps():
     stages = [(0.6, 1.0), (0.2, 0.6), (0.0, 0.2)]
     for n_steps in (1, 2, 6, 11, 26):
-        moments = [mediation.autoencoders.places.Moment(i, n_steps, ("cond",)).t for i in range(n_steps)]
+        moments = [Moment(i, n_steps, ("cond",)).t for i in range(n_steps)]
         assert all(sum(in_stage(stage, t) for stage in stages) == 1 for t in moments)
         assert [nearest_step(t, n_steps) for t in moments] == list(range(n_steps))
 
