@@ -6,8 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 import hypothesis
 import pytest
+import torch
 
 from tests import tiny
+
+torch.set_num_threads(1)  # tiny tensors are not worth handing out to several threads
 
 # Seeds fixed, no deadlines: results must not depend on how busy a machine is.
 hypothesis.settings.register_profile("repository", derandomize=True, deadline=None, max_examples=30)
