@@ -196,18 +196,21 @@ def evaluate(
     seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; needs the extra lpips.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Draw a suite of prompts without and with an edit, and judge the pictures.
 
     Example: editing evaluate ink.safetensors --n 2 --steps 2 --guidance-scale 4 --output report
     """
+    distance = mediation.LPIPS() if lpips else None
     loaded = editing.load(edit)
     if suite is None and (pipeline is not None or "pairs" not in loaded.metadata):
         raise ValueError("only edits of Emoji Diffusion that tell their pairs have a suite of their own: pass --suite")
     trials = editing.Suite.read(suite) if suite else editing.emoji_suite(loaded.metadata["pairs"], n=n)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "keep_images": True}
-    report = editing.evaluate(mediation.load_pipeline(pipeline), loaded, trials, seeds=list(seed), **options)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "lpips": distance}
+    pipe = mediation.load_pipeline(pipeline)
+    report = editing.evaluate(pipe, loaded, trials, seeds=list(seed), keep_images=True, **options)
     summary = editing.summarize_evaluation(report)
     output.mkdir(parents=True, exist_ok=True)
     trials.save(output / "suite.csv")

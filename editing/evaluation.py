@@ -15,7 +15,7 @@ from editing.edit import Edit
 from editing.suites import Suite, Trial
 from mediation import bundled
 from mediation.cases import Case
-from mediation.metrics import ClassProbability, CLIPScore
+from mediation.metrics import LPIPS, ClassProbability, CLIPScore
 from mediation.pipelines import family_of, quiet
 from mediation.provenance import provenance
 
@@ -30,6 +30,7 @@ def evaluate(
     seeds: int | Sequence[int] = 0,
     classifiers: Mapping[str, ClassProbability] | None = None,
     scorer: CLIPScore | None = None,
+    lpips: LPIPS | None = None,
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
     batch_size: int = 8,
@@ -48,6 +49,7 @@ def evaluate(
         classifiers: factor -> classifier with its labels, for the factors that trials name. None is the bundled probe
             for the bundled pipeline, and nothing for others.
         scorer: compares pictures with texts; None likewise.
+        lpips: measures how far pictures are from the unedited model's as people see it; None leaves this out.
         num_inference_steps: of the pipeline's scheduler.
         guidance_scale: of classifier-free guidance.
         batch_size: pictures drawn together; it changes them in their last digits.
@@ -63,6 +65,7 @@ def evaluate(
           and the one which it should have with the edit; NaN where nothing is classified or no target named;
         - source_score and target_score: CLIPScore with the prompt, and with the target prompt;
         - latent_distance: root mean square distance of the final latents from the unedited model's;
+        - lpips: distance of the picture from the unedited model's, both rounded to 8 bits, if it was asked for;
         - images, (…, y, x, channel), 8 bits, and latents, (…, latent_channel, latent_y, latent_x), if kept.
 
         What has no classifier or scorer is left out. `summarize_evaluation` has intervals.
@@ -98,7 +101,7 @@ def evaluate(
 
     columns: dict[str, list] = {}
     if unedited is not None:
-        names = ["latents", *judge.names, *(["images"] if keep_images else [])]
+        names = ["latents", *judge.names, *(["images"] if keep_images or lpips else [])]
         columns = {name: [values] for name, values in _taken_over(unedited, names, coords, attrs).items()}
     models = list(edits) if columns else [UNEDITED, *edits]
     with tqdm(total=len(jobs) * len(models), desc="pictures", disable=None if progress else True) as bar:
@@ -109,7 +112,7 @@ def evaluate(
                     found.setdefault("latents", []).append(latents)
                     for name, values in judge(images, [trial for trial, _ in chunk]).items():
                         found.setdefault(name, []).append(values)
-                    if keep_images:
+                    if keep_images or lpips:
                         pixels = (images.permute(0, 2, 3, 1) * 255).round().byte()
                         found.setdefault("images", []).append(pixels.numpy())
                     bar.update(len(chunk))
@@ -117,8 +120,10 @@ def evaluate(
                 columns.setdefault(name, []).append(numpy.concatenate(values))
     plain, *_ = latents = columns["latents"]
     columns["latent_distance"] = [numpy.sqrt(numpy.square(x - plain).reshape(len(x), -1).mean(1)) for x in latents]
+    if lpips:
+        columns["lpips"] = [_lpips(lpips, images, columns["images"][0], batch_size) for images in columns["images"]]
     if not keep_images:
-        del columns["latents"]
+        columns = {name: values for name, values in columns.items() if name not in ("latents", "images")}
     coords |= {"model": [UNEDITED, *edits], "noise_seed": (("trial", "seed"), noise_seeds)}
     return _dataset(columns, coords, attrs)
 
@@ -141,6 +146,16 @@ def _draw(
         with quiet(pipe):
             latents = pipe(prompts, generator=generator, output_type="latent", **sampling).images
         yield chunk, latents.float().cpu().numpy(), family_of(pipe).decode(pipe, latents).float().cpu()
+
+
+@torch.no_grad()
+def _lpips(lpips: LPIPS, images: numpy.ndarray, others: numpy.ndarray, batch_size: int) -> numpy.ndarray:
+    """Distances of 8-bit pictures, (picture, y, x, channel), one by one."""
+    chunks = [
+        [torch.from_numpy(pixels[start : start + batch_size]).permute(0, 3, 1, 2) / 255 for pixels in (images, others)]
+        for start in range(0, len(images), batch_size)
+    ]
+    return torch.cat([lpips.distance(*pair) for pair in chunks]).double().cpu().numpy()
 
 
 class _Judge:

@@ -8,7 +8,7 @@ from editing.evaluation import UNEDITED
 from editing.suites import ROLES
 
 _ACCURACIES = ("is_source", "is_target")
-_SCORES = ("source_score", "target_score", "latent_distance")
+_SCORES = ("source_score", "target_score", "latent_distance", "lpips")
 
 
 def summarize_evaluation(

@@ -95,8 +95,12 @@ class LPIPS(DifferentiableMetric):
 
     def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
         """One number per row, with gradients; at the clean run they are 0, the distance being least there."""
+        return -self.distance(images, images[:1])
+
+    def distance(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """LPIPS distance of each image in [0, 1] from its other one, (row,), or of all from a single one."""
         images = images.float()
-        return -self._network.to(images.device)(images, images[:1], normalize=True).flatten()
+        return self._network.to(images.device)(images, others.float(), normalize=True).flatten()
 
 
 class CLIPScore(DifferentiableMetric):

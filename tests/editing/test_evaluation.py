@@ -86,6 +86,25 @@ def test_the_latent_distance_is_from_the_unedited_picture(tiny_pipe, edits, repo
     assert float(report.latent_distance.isel(trial=1).sel(seed=9, model="two")) == pytest.approx(expected, rel=1e-3)
 
 
+class SquaredDistance:
+    """Stands for `mediation.LPIPS`, which needs weights from elsewhere."""
+
+    def distance(self, images, others):
+        return (images - others).square().mean((1, 2, 3))
+
+
+def test_lpips_is_measured_between_each_picture_and_its_unedited_one(tiny_pipe, edits, report):
+    found = again(tiny_pipe, edits, report, lpips=SquaredDistance())
+    pixels = report.images.astype(float) / 255
+    expected = ((pixels - pixels.sel(model="unedited")) ** 2).mean(("y", "x", "channel"))
+    numpy.testing.assert_allclose(found.lpips.transpose(*expected.dims), expected, rtol=1e-4)
+    assert (found.lpips.sel(model="two") > 0).all()
+    assert "images" not in found, "pictures are dropped unless they are to be kept"
+    summary = editing.summarize_evaluation(found, n_resamples=10)
+    mean = expected.sel(trial=report.role == "quality", model="two").mean()
+    assert float(summary["mean"].sel(measure="lpips", role="quality", model="two")) == pytest.approx(float(mean))
+
+
 def test_labels_are_compared_with_source_and_target(report):
     light = report.images.isel(trial=[0, 1]).values.mean((-1, -2, -3)) > 127.5
     expected = numpy.where(light, "light", "dark")
