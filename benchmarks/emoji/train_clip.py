@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 
 from benchmarks.emoji import training, world
+from benchmarks.emoji.muon import Muon
 from benchmarks.emoji.tokenizer import N_POSITIONS, encode
 
 
@@ -51,34 +52,40 @@ def contrast(clip: transformers.CLIPModel, images: torch.Tensor, ids: torch.Tens
     return loss, (logits.argmax(1) == own).float().mean()
 
 
+def optimizers(model: torch.nn.Module, lr: float) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the towers' layers, AdamW for all else."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+    others = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
+    return {
+        "muon": Muon(matrices, lr=lr, weight_decay=0.05),
+        "adamw": torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+    }
+
+
 def main() -> None:
     """Trains, then writes `clip/`."""
     options = training.arguments(__doc__.splitlines()[0], steps=310, batch_size=256, lr=1e-3)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(options.output / "tokenizer")
     clip = build(tokenizer).train()
-    matrices = [p for name, p in clip.named_parameters() if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in clip.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    optimizers = {
-        "muon": torch.optim.Muon(matrices, lr=options.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        "adamw": torch.optim.AdamW(others, lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98)),
-    }
-    run = training.Run(options.output, "clip", {"clip": clip, **optimizers}, every_seconds=300)
+    both = optimizers(clip, options.lr)
+    run = training.Run(options.output, "clip", {"clip": clip, **both}, every_seconds=300)
     rng = numpy.random.default_rng((options.seed, run.step))
     while run.step < options.steps:
-        for optimizer in optimizers.values():
+        for optimizer in both.values():
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps, n_warmup=40)
         images, captions = world.batch(rng, options.batch_size)
         ids, mask = encode(tokenizer, [caption.text for caption in captions])
         # No caption is as long as the window; attention to what follows a caption is causal, so columns can be dropped.
         width = int(mask.sum(1).max())
-        with torch.autocast("cpu", torch.bfloat16):
+        with training.fast_arithmetic():
             loss, top1 = contrast(clip, images, ids[:, :width], mask[:, :width])
-        for optimizer in optimizers.values():
+        for optimizer in both.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        for optimizer in optimizers.values():
+        for optimizer in both.values():
             optimizer.step()
         clip.logit_scale.data.clamp_(max=4.6052)
         run.step += 1

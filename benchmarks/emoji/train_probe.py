@@ -37,7 +37,7 @@ def main() -> None:
             group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         images, captions = world.batch(rng, options.batch_size)
         truth = world.labels([caption.scene for caption in captions])
-        with torch.autocast("cpu", torch.bfloat16):
+        with training.fast_arithmetic():
             logits = probe(augment((images + 1) / 2))
         losses = {factor: F.cross_entropy(logits[factor].float(), truth[factor]) for factor in truth}
         optimizer.zero_grad(set_to_none=True)

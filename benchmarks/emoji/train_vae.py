@@ -55,7 +55,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         images, _ = world.batch(rng, options.batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training.fast_arithmetic():
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         decoded = decoded.float()

@@ -1,4 +1,4 @@
-"""What the training scripts share: the learning-rate schedule, checkpoints that resume, the log."""
+"""What the training scripts share: precision, the learning-rate schedule, checkpoints that resume, the log."""
 
 import argparse
 import json
@@ -7,6 +7,15 @@ import pathlib
 import time
 
 import torch
+
+# Processors without instructions for bfloat16 emulate it, many times slower than float32.
+_BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
+BFLOAT16_IS_FAST = any(map(torch.cpu.get_capabilities().get, _BFLOAT16_FEATURES))
+
+
+def fast_arithmetic() -> torch.autocast:
+    """A context in which torch computes in bfloat16 where this processor is fast in it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16_IS_FAST)
 
 
 def arguments(description: str, **defaults) -> argparse.Namespace:

@@ -38,13 +38,12 @@ def test_the_denoiser_predicts_the_same_from_whitened_states_and_after_folding_f
     assert (unfolded(latents, 500, plain).sample - expected).abs().max() > 1e-3
 
 
-def test_every_weight_is_optimised_once_and_kernels_through_matrices_that_share_their_memory():
+def test_every_weight_is_optimised_once():
     torch.manual_seed(0)
     unet = build()
     both = optimizers(unet, lr=1e-3)
     given = [p for optimizer in both.values() for group in optimizer.param_groups for p in group["params"]]
     assert sorted(p.data_ptr() for p in given) == sorted(p.data_ptr() for p in unet.parameters())
-    assert all(p.ndim == 2 for group in both["muon"].param_groups for p in group["params"])
 
     before = {name: weight.clone() for name, weight in unet.named_parameters()}
     text = torch.randn(2, 32, 192)
