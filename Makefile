@@ -6,10 +6,10 @@ demo: .venv/installed
 	.venv/bin/mediation demo
 
 test: lint
-	.venv/bin/python -m pytest --cov
+	.venv/bin/python -m pytest --cov --numprocesses auto --dist worksteal
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
 	.venv/bin/ruff check
