@@ -6,9 +6,7 @@ encoded anew, the rest is drawn from a buffer of earlier latents. The denoiser l
 saved reads the text encoder's own.
 
 Run: python -m benchmarks.emoji.train_unet --output runs/emoji
-To go on from the bundled weights: add --initialize mediation/bundled/emoji/pipeline/unet. Where these read the states
-of another CLIP than the run's, --read-by names its folder: cross-attention is then changed to read what the new states
-tell of the old.
+To go on from the bundled weights: add --initialize mediation/bundled/emoji/pipeline/unet
 """
 
 import copy
@@ -64,23 +62,15 @@ class Latents:
     def __init__(self, folder: pathlib.Path, size: int = 30_000):
         self.size = size
         self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
+        clip = transformers.CLIPModel.from_pretrained(folder / "clip", attn_implementation="eager")
+        self.text_encoder = text_encoder(clip.float()).eval().requires_grad_(False)
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.load_text_encoder(folder / "clip")
-        self.whitening = Whitening(self.typical_states())
+        fixed = numpy.random.default_rng(0)
+        self.whitening = Whitening(self.states([world.sample(fixed).text for _ in range(2000)]).flatten(0, 1))
         self.empty = self.whitening(self.states([""]))
         self.latents = torch.empty(size, 4, 16, 16)
         self.text = torch.empty(size, *self.empty.shape[1:], dtype=torch.bfloat16)
         self.filled = self.position = 0
-
-    def load_text_encoder(self, clip: str | pathlib.Path) -> None:
-        """Takes the text tower of the CLIP in folder `clip`."""
-        model = transformers.CLIPModel.from_pretrained(clip, attn_implementation="eager")
-        self.text_encoder = text_encoder(model.float()).eval().requires_grad_(False)
-
-    def typical_states(self) -> torch.Tensor:
-        """States of 2,000 captions, always the same ones: (row, 192)."""
-        fixed = numpy.random.default_rng(0)
-        return self.states([world.sample(fixed).text for _ in range(2000)]).flatten(0, 1)
 
     @torch.no_grad()
     def states(self, prompts: list[str]) -> torch.Tensor:
@@ -128,32 +118,29 @@ class Whitening:
         """Whitens states of shape (…, width)."""
         return (states - self.mean) @ self.root
 
+    @torch.no_grad()
     def fold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
         """A copy of `unet`, which reads whitened states, that reads plain ones and predicts the same."""
-        return reading(unet, self.root, -self.mean @ self.root)
+        unet = copy.deepcopy(unet)
+        for attention in _cross_attention(unet):
+            for projection in (attention.to_k, attention.to_v):
+                projection.weight.copy_(projection.weight @ self.root)
+            attention.to_out[0].bias.sub_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
+        return unet
 
+    @torch.no_grad()
     def unfold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
         """A copy of `unet`, which reads plain states, that reads whitened ones and predicts the same."""
-        return reading(unet, self.inverse, self.mean)
-
-
-@torch.no_grad()
-def reading(unet, matrix: torch.Tensor, offset: torch.Tensor) -> diffusers.UNet2DConditionModel:
-    """A copy of `unet` that predicts from text states x what `unet` predicts from x @ matrix + offset."""
-    unet = copy.deepcopy(unet)
-    for name, attention in unet.named_modules():
-        if name.endswith("attn2"):
-            attention.to_out[0].bias.add_(attention.to_out[0].weight @ (attention.to_v.weight @ offset))
+        unet = copy.deepcopy(unet)
+        for attention in _cross_attention(unet):
+            attention.to_out[0].bias.add_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
             for projection in (attention.to_k, attention.to_v):
-                projection.weight.copy_(projection.weight @ matrix.T)
-    return unet
+                projection.weight.copy_(projection.weight @ self.inverse)
+        return unet
 
 
-def translation(states: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The affine map, a matrix and an offset, that takes `states` nearest to `others`, both (row, width)."""
-    padded = torch.cat([states, states.new_ones(len(states), 1)], 1).double()
-    solution = torch.linalg.lstsq(padded, others.double()).solution.float()
-    return solution[:-1], solution[-1]
+def _cross_attention(unet) -> list:
+    return [module for name, module in unet.named_modules() if name.endswith("attn2")]
 
 
 def text_encoder(clip: transformers.CLIPModel) -> transformers.CLIPTextModel:
@@ -209,17 +196,12 @@ def warm_average(decay: float):
 def main() -> None:
     """Trains, and writes the averaged weights as `unet/` at every checkpoint."""
     options = training.arguments(
-        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, initialize="", read_by=""
+        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, initialize=""
     )
     data = Latents(options.output)
     unet = build()
     if options.initialize:
         plain = diffusers.UNet2DConditionModel.from_pretrained(options.initialize).float()
-        if options.read_by:
-            states = data.typical_states()
-            data.load_text_encoder(options.read_by)
-            plain = reading(plain, *translation(states, data.typical_states()))
-            data.load_text_encoder(options.output / "clip")
         unet.load_state_dict(data.whitening.unfold(plain).state_dict())
     unet.train()
     unet.set_attn_processor(AttnProcessor())  # plain attention: its backward is faster than the fused one's on CPU
@@ -229,7 +211,8 @@ def main() -> None:
     rng = numpy.random.default_rng((options.seed, run.step))
     while data.filled < 4096:
         data.refill(rng, 256)
-    unet.compile()  # takes minutes before the first step
+    if training.BFLOAT16_IS_FAST:  # in float32 it gains nothing
+        unet.compile()  # takes minutes before the first step
     alphas = scheduler().alphas_cumprod
     pending, losses = 0.0, []
     while run.step < options.steps:
