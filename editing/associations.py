@@ -135,6 +135,8 @@ def plain_linear(pipe: DiffusionPipeline, network: str, path: str) -> nn.Linear:
 def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wanted: torch.Tensor) -> torch.Tensor:
     """Inputs of a site's output projection at given tokens; neither what is behind it nor unread tokens are computed.
 
+    Only the encoder's own device counts. If it is offloaded as a whole, its hook moves what it is given along with it.
+
     Args:
         pipe: the pipeline.
         site: a text encoder's site.
@@ -144,16 +146,15 @@ def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wan
     Returns:
         (token, d_in), float64 on the CPU.
     """
-    family, device = family_of(pipe), pipe._execution_device
     _, module = projection(pipe, site)
-    encoder = getattr(pipe, site.network)
+    encoder, device = getattr(pipe, site.network), module.weight.device
     # Without this flag the pipeline lets padding be read, as CLIP was trained to.
     masked = getattr(encoder.config, "use_attention_mask", False)
-    causal = type(encoder).__name__ in family.causal_text_encoders
+    causal = type(encoder).__name__ in family_of(pipe).causal_text_encoders
     found = []
     for start in range(0, len(prompts), _CHUNK):
         batch = tokenize(tokenizers_of(pipe)[site.network], list(prompts[start : start + _CHUNK]))
-        here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)].to(device)
+        here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)]
         read = slice(int(here[:, 1].max()) + 1 if causal and len(here) else None)
         mask = batch.attention_mask[:, read].to(device) if masked else None
         run = functools.partial(encoder, batch.input_ids[:, read].to(device), attention_mask=mask)

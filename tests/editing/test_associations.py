@@ -134,3 +134,26 @@ def test_textual_inversion_tokens_are_spelled_out_as_the_pipeline_does(fresh_pip
     (site,) = sites(pipe, name="text_encoder.0.self_attention")
     expected = record(pipe, site.module(pipe).out_proj, ["a photo of <ink>"], "input")[0, 5]
     torch.testing.assert_close(associate(pipe, site, found).keys[0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_encoder_is_read_wherever_other_networks_are(tiny_pipe, monkeypatch):
+    (site,) = sites(tiny_pipe, name="text_encoder.1.self_attention")
+    found = pairs_of(tiny_pipe, {"ink": "noto"}, templates=None)
+    expected = associate(tiny_pipe, site, found).keys
+    # The pipeline's own answer is the accelerator that any network is on, after a look at every module of all.
+    monkeypatch.setattr(type(tiny_pipe), "_execution_device", property(lambda _: torch.device("meta")))
+    assert torch.equal(associate(tiny_pipe, site, found).keys, expected)
+
+
+def test_an_encoder_that_is_offloaded_as_a_whole_is_read_where_it_runs(fresh_pipe):
+    """As `enable_model_cpu_offload` does; of an encoder offloaded layer by layer there is nothing to read."""
+    (site,) = sites(fresh_pipe, name="text_encoder.1.self_attention")
+    found = pairs_of(fresh_pipe, {"ink": "noto"}, templates=None)
+    expected = associate(fresh_pipe, site, found)
+    pytest.importorskip("accelerate").cpu_offload_with_hook(fresh_pipe.text_encoder, torch.device("cpu"))
+    known = associate(fresh_pipe, site, found)
+    assert torch.equal(known.keys, expected.keys)
+    assert torch.equal(known.residuals, expected.residuals)
+    fresh_pipe.text_encoder.to("meta")
+    with pytest.raises(ValueError, match="is offloaded: edit the pipeline before offloading it"):
+        associate(fresh_pipe, site, found)
