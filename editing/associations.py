@@ -44,8 +44,9 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
     Raises:
         ValueError: if the site's projection is no plain linear layer, or something read is not finite.
     """
-    weight = projection(pipe, site)[1].weight.detach().cpu().double()
-    if not torch.isfinite(weight).all():
+    stored = projection(pipe, site)[1].weight
+    weight = stored.detach().cpu().double()
+    if not all_finite(weight, stored.dtype):
         raise ValueError(f"the weights at {site.name} are not finite: load the pipeline again")
     # Read each token once, however many pairs it is in.
     wanted, rows = torch.unique(torch.cat([pairs.source, pairs.target]), dim=0, return_inverse=True)
@@ -75,6 +76,14 @@ def outcome(network: str, known: Associations, update: LowRank) -> dict[str, lis
             kind = "prompt" if goal.is_prompt else "concept"
             found["interference"].append({kind: goal.source} | entry | {"change": moved})
     return found
+
+
+def all_finite(weight: torch.Tensor, stored: torch.dtype) -> bool:
+    """Whether a weight has no NaN and no infinity, given in float64 and the dtype that it is stored in.
+
+    Of a narrower dtype the sum tells, in a tenth of the time: no finite values add up to more than float64 can hold.
+    """
+    return bool(torch.isfinite(weight if stored == torch.float64 else weight.sum()).all())
 
 
 def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] | None) -> list[Site]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from editing import associations
-from editing.associations import associate, projection
+from editing.associations import all_finite, associate, projection
 from editing.pairing import TOKENS
 from mediation.families import StableDiffusion
 from mediation.sites import sites
@@ -157,3 +157,12 @@ def test_an_encoder_that_is_offloaded_as_a_whole_is_read_where_it_runs(fresh_pip
     fresh_pipe.text_encoder.to("meta")
     with pytest.raises(ValueError, match="is offloaded: edit the pipeline before offloading it"):
         associate(fresh_pipe, site, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_finite_weights_are_finite_and_infinities_do_not_cancel(dtype):
+    weight = torch.full((64, 64), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(weight.double(), dtype)
+    for values in ((torch.inf, -torch.inf), (torch.nan, 0.0), (-torch.inf, 1.0)):
+        weight[3, 5], weight[7, 0] = values
+        assert not all_finite(weight.double(), dtype)
