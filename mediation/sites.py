@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import fnmatch
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 from diffusers import DiffusionPipeline
@@ -85,17 +87,17 @@ def sites(
         >>> mediation.sites(pipe, component="cross_attention", block="mid", heads=True)[1].name
         'unet.mid.0.cross_attention.head.1'
     """
-    every = [site for site in _all_sites(pipe) if (site.head is not None) == heads]
-    if component not in _CONTAINERS:
-        every = [site for site in every if site.component not in _CONTAINERS]
+    hidden = () if component in _CONTAINERS else _CONTAINERS
     kind = "head" if heads else "site"
     wanted = {"network": network, "component": component, "layer": layer, "block": block}
     wanted = {field: value for field, value in wanted.items() if value is not None}
-    for field, value in wanted.items():
+    listed = (site for site in _all_sites(pipe, network, heads=heads) if site.component not in hidden)
+    chosen = [site for site in listed if all(getattr(site, field) == value for field, value in wanted.items())]
+    for field, value in wanted.items() if not chosen else ():
+        every = (site for site in _all_sites(pipe, heads=heads) if site.component not in hidden)
         known = list(dict.fromkeys(getattr(site, field) for site in every))
         if value not in known:
             raise ValueError(f"no {kind} has {field}={value!r}; this pipeline has {', '.join(map(str, known))}")
-    chosen = [site for site in every if all(getattr(site, field) == value for field, value in wanted.items())]
     if name is not None:
         chosen = [site for site in chosen if fnmatch.fnmatchcase(site.name, name)]
     if not chosen:
@@ -110,20 +112,31 @@ def group_name(group: Site | str | Sequence[Site | str]) -> str:
     return "+".join(site.name if isinstance(site, Site) else site for site in group)
 
 
-def _all_sites(pipe: DiffusionPipeline) -> Iterator[Site]:
-    """Every site, each attention followed by its heads, containers behind what is in them."""
+def _all_sites(
+    pipe: DiffusionPipeline, only_network: str | None = None, *, heads: bool | None = None
+) -> Iterator[Site]:
+    """Every site, each attention followed by its heads, containers behind what is in them.
+
+    Args:
+        pipe: the pipeline.
+        only_network: lists no other one; an edit of a text encoder need not wait for the denoiser's sites.
+        heads: True lists heads alone, False everything but heads.
+    """
     family = family_of(pipe)
     networks = [(encoder, family.text_spots) for encoder, _ in family.text_encoders]
     networks.append((family.denoiser, family.denoiser_spots))
     for network, spots in networks:
+        if only_network not in (None, network):
+            continue
         projections = family.output_projections[network]
         n_seen = collections.Counter()
         for spot in spots(getattr(pipe, network)):
             name = f"{network}.{spot.position}.{spot.component}"
             site = Site(name, network, spot.component, n_seen[spot.component], spot.block, spot.path)
             n_seen[spot.component] += 1
-            yield site
-            for head in range(spot.n_heads):
+            if not heads:
+                yield site
+            for head in range(spot.n_heads if heads is not False else 0):
                 path = f"{spot.path}.{projections[spot.component]}"
                 yield dataclasses.replace(site, name=f"{name}.head.{head}", path=path, head=head, n_heads=spot.n_heads)
 
@@ -139,16 +152,20 @@ def resolve(pipe: DiffusionPipeline, chosen: list | None) -> list[tuple[Site, ..
         KeyError: if a name is no site of this pipeline.
         TypeError: if an entry is neither a site nor a name.
     """
-    every = {site.name: site for site in _all_sites(pipe)}
+
+    @functools.cache
+    def listed(network: str, heads: bool) -> dict[str, Site]:
+        return {site.name: site for site in _all_sites(pipe, network, heads=heads)}
 
     def one(entry: Site | str) -> Site:
         if not isinstance(entry, Site | str):
             raise TypeError(f"sites are Site objects or names, got {type(entry).__name__}")
         name = entry.name if isinstance(entry, Site) else entry
-        if name not in every:
-            close = ", ".join(list(every)[:3])
+        found = listed(name.partition(".")[0], ".head." in name).get(name)
+        if found is None:
+            close = ", ".join(site.name for site in itertools.islice(_all_sites(pipe), 3))
             raise KeyError(f"no site {name!r} in this pipeline; names look like {close}: see mediation.sites(pipe)")
-        return every[name]
+        return found
 
     if chosen is None:
         return [(site,) for site in sites(pipe)]

@@ -4,6 +4,8 @@ import pytest
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import mediation
+from mediation.families import StableDiffusion
+from mediation.sites import resolve
 
 
 def test_names_are_those_of_the_design(tiny_pipe):
@@ -47,6 +49,16 @@ def test_heads_transformers_and_blocks_are_listed_on_request(tiny_pipe):
     for wrong in ("mlp", "block"):
         with pytest.raises(ValueError, match=f"no head has component='{wrong}'; this pipeline has self_attention"):
             mediation.sites(tiny_pipe, component=wrong, heads=True)
+
+
+def test_other_networks_are_not_searched_for_the_sites_of_one(tiny_pipe, monkeypatch):
+    """Listing a U-Net takes longer than the edit of a text encoder."""
+    whole = [*mediation.sites(tiny_pipe), *mediation.sites(tiny_pipe, heads=True)]
+    expected = [site for site in whole if site.network == "text_encoder"]
+    monkeypatch.setattr(StableDiffusion, "denoiser_spots", staticmethod(lambda _: pytest.fail("the U-Net was listed")))
+    found = [mediation.sites(tiny_pipe, network="text_encoder", heads=heads) for heads in (False, True)]
+    assert [site for part in found for site in part] == expected
+    assert resolve(tiny_pipe, [site.name for site in expected]) == [(site,) for site in expected]
 
 
 def test_other_pipelines_are_refused_by_name():
