@@ -16,7 +16,6 @@ import mediation
 from editing.associations import projection
 from editing.concepts import TEMPLATES
 from editing.edit import Edit, measure
-from editing.pairing import tokenize
 from editing.updates import LowRank
 from mediation.hooks import hooked
 from mediation.parameters import fingerprint
@@ -81,7 +80,9 @@ def _site(pipe: DiffusionPipeline) -> mediation.Site:
 
 def _read(pipe: DiffusionPipeline, concept: str) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """For each prompt, what the projection receives and gives, from the last token before the end token on."""
-    tokens = tokenize(pipe.tokenizer, [template.format(concept) for template in TEMPLATES])["input_ids"]
+    prompts = [template.format(concept) for template in TEMPLATES]
+    window = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
+    tokens = pipe.tokenizer(prompts, return_tensors="pt", **window)["input_ids"]
     seen = {}
 
     def note(name: str):

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from editing.pairing import TokenPairs, tokenize
+from editing.pairing import TokenPairs, windows
 from editing.updates import LowRank
 from mediation.hooks import input_of
 from mediation.pipelines import family_of, tokenizers_of
@@ -50,7 +50,7 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
         raise ValueError(f"the weights at {site.name} are not finite: load the pipeline again")
     # Read each token once, however many pairs it is in.
     wanted, rows = torch.unique(torch.cat([pairs.source, pairs.target]), dim=0, return_inverse=True)
-    inputs = read_inputs(pipe, site, pairs.prompts, wanted)
+    inputs = read_inputs(pipe, site, pairs.ids, wanted)
     if not torch.isfinite(inputs).all():
         raise ValueError(f"{site.network} gives values that are not finite before {site.name}: check weights and dtype")
     keys, target_keys = inputs[rows].chunk(2)
@@ -141,7 +141,9 @@ def plain_linear(pipe: DiffusionPipeline, network: str, path: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wanted: torch.Tensor) -> torch.Tensor:
+def read_inputs(
+    pipe: DiffusionPipeline, site: Site, ids: Sequence[Sequence[int]], wanted: torch.Tensor
+) -> torch.Tensor:
     """Inputs of a site's output projection at given tokens; neither what is behind it nor unread tokens are computed.
 
     Only the encoder's own device counts. If it is offloaded as a whole, its hook moves what it is given along with it.
@@ -149,7 +151,7 @@ def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wan
     Args:
         pipe: the pipeline.
         site: a text encoder's site.
-        prompts: what the encoder reads, tokenized as the pipeline's own `encode_prompt` does.
+        ids: of each prompt's tokens, as `TokenPairs` has them; windows are made of them as `encode_prompt` does.
         wanted: (token, 2), index of a prompt and position in it, in the order of the prompts.
 
     Returns:
@@ -161,12 +163,12 @@ def read_inputs(pipe: DiffusionPipeline, site: Site, prompts: Sequence[str], wan
     masked = getattr(encoder.config, "use_attention_mask", False)
     causal = type(encoder).__name__ in family_of(pipe).causal_text_encoders
     found = []
-    for start in range(0, len(prompts), _CHUNK):
-        batch = tokenize(tokenizers_of(pipe)[site.network], list(prompts[start : start + _CHUNK]))
+    for start in range(0, len(ids), _CHUNK):
+        tokens, mask = windows(tokenizers_of(pipe)[site.network], ids[start : start + _CHUNK])
         here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)]
         read = slice(int(here[:, 1].max()) + 1 if causal and len(here) else None)
-        mask = batch.attention_mask[:, read].to(device) if masked else None
-        run = functools.partial(encoder, batch.input_ids[:, read].to(device), attention_mask=mask)
+        mask = mask[:, read].to(device) if masked else None
+        run = functools.partial(encoder, tokens[:, read].to(device), attention_mask=mask)
         inputs = input_of(module, run)
         found.append(inputs[here[:, 0] - start, here[:, 1]].cpu().double())  # not every device has float64
     return torch.cat(found)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from editing.concepts import Goal, Request, split
-from mediation.cases import Segment, align, group_positions, segments
+from mediation.cases import Segment, align, group_positions, located_tokens, segments
 from mediation.pipelines import expansion, tokenizers_of
 
 TOKENS = ("last_subject", "subject", "from_subject", "all")
@@ -20,6 +22,7 @@ class TokenPairs:
 
     Attributes:
         prompts: the distinct prompts that the tokens are in.
+        ids: of the tokens of each prompt, first and end token included, not cut to the window.
         source: (pair, 2), index of a prompt and position in it.
         target: (pair, 2), likewise; of a preserved token, itself.
         weights: (pair,), float64.
@@ -29,6 +32,7 @@ class TokenPairs:
     """
 
     prompts: list[str]
+    ids: list[list[int]]
     source: torch.Tensor
     target: torch.Tensor
     weights: torch.Tensor
@@ -56,60 +60,82 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
     if tokens not in TOKENS:
         raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
     tokenizer = tokenizers_of(pipe)[network]
-    request.check_distinct(lambda concept: tuple(tokenizer(concept, verbose=False)["input_ids"]))
     expand = expansion(pipe, tokenizer)
     templates = [tuple(map(expand, split(template))) for template in request.templates]
     prompts: dict[str, int] = {}  # to their index
 
-    @functools.cache  # many sources may share a target
-    def place(concept: str, before: str, after: str) -> tuple[int, list[Segment]]:
-        text = expand(concept)
+    def place(concept: str, template: tuple[str, str]) -> _Place:
+        (before, after), text = template, expand(concept)
         # The concept is where the template put it: a search would also find the template's own words.
-        layout = segments(tokenizer, before + text + after, ((len(before), len(before) + len(text)),))
-        return prompts.setdefault(before + text + after, len(prompts)), layout
+        span = (len(before), len(before) + len(text))
+        return _Place(prompts.setdefault(before + text + after, len(prompts)), span)
 
-    def meet(goal: Goal, template: tuple[str, str]) -> list[tuple]:
-        prompt, layout = place(goal.source, *template)
+    goals = list(request.goals())
+    places: list[list[tuple[_Place, _Place]]] = []  # of the source and of what it is to be read as, for each goal
+    for goal in goals:
+        own = [("", "")] if goal.is_prompt else templates
+        places.append([(place(goal.source, t), place(goal.target, t if goal.target else ("", ""))) for t in own])
+    concepts = [concept for goal in goals if not goal.is_prompt for concept in (goal.source, goal.target)]
+    texts = list(dict.fromkeys([*prompts, *map(expand, concepts)]))
+    located = dict(zip(texts, located_tokens(tokenizer, texts), strict=True))
+    request.check_distinct(lambda concept: tuple(located[expand(concept)].ids))
+
+    @functools.cache  # many sources may share a target
+    def layout(place: _Place) -> list[Segment]:
+        prompt = texts[place.prompt]
+        return segments(tokenizer, prompt, (place.span,), offsets=located[prompt].offsets)
+
+    def meet(goal: Goal, here: _Place, there: _Place) -> list[tuple[int, int]]:
+        if goal.is_prompt:
+            n_tokens = min(len(located[texts[here.prompt]].ids), tokenizer.model_max_length)
+            return [(position, position) for position in range(n_tokens)]
         if not goal.target:
-            empty = prompts.setdefault("", len(prompts))
-            return [((prompt, position), (empty, position)) for position in _positions(layout, tokens)]
-        partner, other = place(goal.target, *template)
-        return [((prompt, a), (partner, b)) for a, b in _partners(layout, other, tokens)]
+            return [(position, position) for position in _positions(layout(here), tokens)]
+        return _partners(layout(here), layout(there), tokens)
 
-    def stay(goal: Goal) -> list[tuple]:
-        prompt = prompts.setdefault(expand(goal.source), len(prompts))
-        n_tokens = min(len(tokenizer(expand(goal.source), verbose=False)["input_ids"]), tokenizer.model_max_length)
-        return [((prompt, position), (prompt, position)) for position in range(n_tokens)]
-
-    pairs, weights, numbers, goals = [], [], [], []
-    for goal in request.goals():
+    pairs, weights, numbers, ranges = [], [], [], []
+    for goal, own in zip(goals, places, strict=True):
         first = len(pairs)
-        found = [stay(goal)] if goal.is_prompt else [meet(goal, template) for template in templates]
-        for number, met in enumerate(found):
+        for number, (here, there) in enumerate(own):
+            met = [((here.prompt, a), (there.prompt, b)) for a, b in meet(goal, here, there)]
             pairs += met
             numbers += [-1 if goal.is_prompt else number] * len(met)
         weights += [goal.weight] * (len(pairs) - first)
-        goals.append((goal, slice(first, len(pairs))))
+        ranges.append((goal, slice(first, len(pairs))))
     source, target = zip(*pairs, strict=True)
     result = TokenPairs(
         prompts=list(prompts),
+        ids=[located[prompt].ids for prompt in prompts],
         source=torch.tensor(source),
         target=torch.tensor(target),
         weights=torch.tensor(weights, dtype=torch.float64),
         templates=torch.tensor(numbers),
-        goals=goals,
-        n_edited=goals[len(request.pairs) - 1][1].stop,
+        goals=ranges,
+        n_edited=ranges[len(request.pairs) - 1][1].stop,
     )
     if request.prompts:
         _check_prompts(tokenizer, result)
     return result
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
-    """Token ids and attention masks of whole windows, (prompt, window), as the pipeline's own `encode_prompt` does."""
-    return tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+def windows(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention masks of whole windows, (prompt, window), as the pipeline's own `encode_prompt` has them.
+
+    Args:
+        tokenizer: of the text encoder.
+        ids: of the tokens of untruncated prompts, first and end token included.
+    """
+    length, padding = tokenizer.model_max_length, tokenizer.pad_token_id
+    cut = [list(own) if len(own) <= length else [*own[: length - 1], own[-1]] for own in ids]
+    rows = torch.tensor([own + [padding] * (length - len(own)) for own in cut])
+    return rows, (torch.arange(length) < torch.tensor([[len(own)] for own in cut])).long()
+
+
+class _Place(NamedTuple):
+    """Where a concept stands: index of a prompt, and its characters (start, stop)."""
+
+    prompt: int
+    span: tuple[int, int]
 
 
 def _positions(layout: list[Segment], tokens: str) -> tuple[int, ...]:
@@ -131,11 +157,11 @@ def _partners(source: list[Segment], target: list[Segment], tokens: str) -> list
 
 def _check_prompts(tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs) -> None:
     """Raises a ValueError if a token is to be edited in one prompt and preserved in another that starts alike."""
-    windows = tokenize(tokenizer, pairs.prompts)["input_ids"].tolist()
+    ids = windows(tokenizer, pairs.ids)[0].tolist()
 
     def context(token: list[int]) -> tuple[int, ...]:
         prompt, position = token
-        return tuple(windows[prompt][: position + 1])
+        return tuple(ids[prompt][: position + 1])
 
     edited = {}
     for source, target in zip(pairs.source[: pairs.n_edited].tolist(), pairs.target.tolist(), strict=False):

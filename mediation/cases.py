@@ -3,7 +3,8 @@
 import dataclasses
 import re
 import weakref
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy
 import torch
@@ -146,13 +147,20 @@ class Segment:
     positions: tuple[int, ...]
 
 
-def segments(tokenizer: PreTrainedTokenizerBase, prompt: str, spans: tuple[tuple[int, int], ...]) -> list[Segment]:
+def segments(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    spans: tuple[tuple[int, int], ...],
+    *,
+    offsets: Sequence[tuple[int, int]] | None = None,
+) -> list[Segment]:
     """Splits a prompt's tokens at the subject's character spans.
 
     Args:
         tokenizer: any tokenizer with a beginning and an end token; its `model_max_length` is the window.
         prompt: the text.
         spans: character spans of the subject.
+        offsets: of its tokens, if `located_tokens` has told them already.
 
     Returns:
         bos, before, then (subject, after) for every span, eos, padding; positions may be empty but for the subject.
@@ -160,7 +168,9 @@ def segments(tokenizer: PreTrainedTokenizerBase, prompt: str, spans: tuple[tuple
     Raises:
         ValueError: if a subject token falls outside the window.
     """
-    offsets = _offsets(tokenizer, prompt)
+    if offsets is None:
+        (located,) = located_tokens(tokenizer, [prompt])
+        offsets = located.offsets
     window = tokenizer.model_max_length
     parts: list[list[int]] = [[] for _ in range(2 * len(spans) + 1)]  # gap, span, gap, span, …, gap
     part = 0
@@ -202,22 +212,37 @@ def align(clean: list[Segment], corrupted: list[Segment]) -> dict[int, int]:
     }
 
 
-def _offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[tuple[int, int]]:
-    """Character offsets of every token of the untruncated prompt, those of bos and eos included."""
+class LocatedTokens(NamedTuple):
+    """Ids of an untruncated prompt's tokens, bos and eos included, and the characters (start, stop) of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def located_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[LocatedTokens]:
+    """The tokens of many prompts, by one call of the tokenizer, whose own cost is that of many prompts.
+
+    Raises:
+        ValueError: if the tokenizer is a slow one, and its tokens cannot be located.
+    """
+    options = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
     if tokenizer.is_fast:
-        encoded = tokenizer(prompt, return_offsets_mapping=True, padding=False, truncation=False, verbose=False)
-        return list(encoded["offset_mapping"])
+        encoded = tokenizer(list(prompts), return_offsets_mapping=True, **options)
+        return list(map(LocatedTokens, encoded["input_ids"], encoded["offset_mapping"]))
     known, fast = _FAST.get(tokenizer, (None, None))
     if known != len(tokenizer):  # a conversion leaves out tokens that were added, and more can be added later
         fast = convert_slow_tokenizer(tokenizer)
         fast.add_tokens(list(tokenizer.added_tokens_decoder.values()))
         _FAST[tokenizer] = len(tokenizer), fast
-    offsets = list(fast.encode(prompt).offsets)
-    if len(offsets) != len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]):
-        raise ValueError(
-            f"the tokens of {prompt!r} cannot be located with this {type(tokenizer).__name__}: use a fast one"
-        )
-    return offsets
+    found = []
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), **options)["input_ids"], strict=True):
+        offsets = list(fast.encode(prompt).offsets)
+        if len(offsets) != len(ids):
+            raise ValueError(
+                f"the tokens of {prompt!r} cannot be located with this {type(tokenizer).__name__}: use a fast one"
+            )
+        found.append(LocatedTokens(ids, offsets))
+    return found
 
 
 # by slow tokenizer: its size when it was converted, and its conversion

@@ -76,8 +76,10 @@ def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, PreTrainedTokenizerBase]
 
 def expansion(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """How the pipeline spells out textual-inversion tokens that stand for several vectors."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return (lambda text: convert(text, tokenizer)) if convert else (lambda text: text)
+    convert, added = getattr(pipe, "maybe_convert_prompt", None), tokenizer.added_tokens_encoder
+    # Further vectors of a token are called so. Without any, the pipeline would tokenize each text to find nothing.
+    several = any(f"{token}_1" in added for token in added)
+    return (lambda text: convert(text, tokenizer)) if convert and several else (lambda text: text)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from editing.concepts import Prompt, Request
-from editing.pairing import pair_tokens
+from editing.pairing import TOKENS, pair_tokens, windows
+from mediation.cases import located_tokens
+from tests import tiny
 
 # In the tiny vocabulary "ink", "cat" and the templates' words take one token each, other words one per letter.
 
@@ -148,3 +150,23 @@ def test_a_prompt_is_checked_when_it_is_made():
         Prompt(3)
     with pytest.raises(ValueError, match="weight of 'a cat' must be positive"):
         Prompt("a cat", weight=0)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_tokenizer_is_called_once_however_many_concepts_there_are(tiny_pipe, monkeypatch, tokens):
+    kind, calls = type(tiny_pipe.tokenizer), []
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, *args, **kw: calls.append(args) or call(self, *args, **kw))
+    pairs_of(tiny_pipe, {"ink": "noto", "cat": "", "red dog": "noto"}, tokens, preserve=["bird"])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("padding", ["<|endoftext|>", "!"])
+def test_windows_are_those_that_the_tokenizer_cuts_and_fills_up(padding):
+    tokenizer = tiny.tokenizer(window=9, padding=padding)
+    prompts = ["", "ink", "a photo of a red cat in", "a photo of a red cat in ink", "ink " * 20]
+    expected = tokenizer(prompts, padding="max_length", max_length=9, truncation=True, return_tensors="pt")
+    ids, mask = windows(tokenizer, [located.ids for located in located_tokens(tokenizer, prompts)])
+    assert torch.equal(ids, expected.input_ids)
+    assert torch.equal(mask, expected.attention_mask)
+    assert mask.sum(1).tolist() == [2, 3, 9, 9, 9]
