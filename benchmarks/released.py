@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-import mediation
-from editing.associations import projection
 from editing.concepts import TEMPLATES
 from editing.edit import Edit, measure
 from editing.updates import LowRank
@@ -32,7 +31,7 @@ def released_edit(pipe: DiffusionPipeline, pairs: Mapping[str, str], *, regulari
         pairs: source concept -> target concept, all solved for at once.
         regularization: lambda.
     """
-    path, module = projection(pipe, _site(pipe))
+    path, module = _projection(pipe)
     name = f"text_encoder.{path}.weight"
     change = released_weight(pipe, pairs, regularization=regularization).double() - module.weight.detach().double()
     updates = {name: LowRank(change, torch.eye(change.shape[1]))}
@@ -46,15 +45,14 @@ def released_weight(
     pipe: DiffusionPipeline, pairs: Mapping[str, str], *, regularization: float = REGULARIZATION
 ) -> torch.Tensor:
     """The edited weight itself, (d_out, d_in), float32."""
-    keys, values = [], []
+    keys, values, module = [], [], _projection(pipe)[1]
     for source, target in pairs.items():
-        (source_keys, _), (_, target_values) = (_read(pipe, concept) for concept in (source, target))
+        (source_keys, _), (_, target_values) = (_read(pipe, module, concept) for concept in (source, target))
         for key, value in zip(source_keys, target_values, strict=True):
             n_pairs = min(len(key), len(value))
             keys.append(key[:n_pairs])
             values.append(value[:n_pairs])
-    weight = projection(pipe, _site(pipe))[1].weight
-    return released_solution(weight, torch.cat(keys), torch.cat(values), regularization)
+    return released_solution(module.weight, torch.cat(keys), torch.cat(values), regularization)
 
 
 def released_solution(
@@ -74,11 +72,16 @@ def released_solution(
     )
 
 
-def _site(pipe: DiffusionPipeline) -> mediation.Site:
-    return mediation.sites(pipe, network="text_encoder", component="self_attention")[0]
+def _projection(pipe: DiffusionPipeline) -> tuple[str, nn.Linear]:
+    """Path and module of what is edited, spelled out as the release does: looking for it would count as its time."""
+    nested = "text_model." if hasattr(pipe.text_encoder, "text_model") else ""
+    path = f"{nested}encoder.layers.0.self_attn.out_proj"
+    return path, pipe.text_encoder.get_submodule(path)
 
 
-def _read(pipe: DiffusionPipeline, concept: str) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+def _read(
+    pipe: DiffusionPipeline, module: nn.Linear, concept: str
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """For each prompt, what the projection receives and gives, from the last token before the end token on."""
     prompts = [template.format(concept) for template in TEMPLATES]
     window = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
@@ -88,7 +91,6 @@ def _read(pipe: DiffusionPipeline, concept: str) -> tuple[Sequence[torch.Tensor]
     def note(name: str):
         return lambda tensor: seen.setdefault(name, tensor)
 
-    module = projection(pipe, _site(pipe))[1]
     with hooked([(module, note("values"))], inputs=[(module, note("keys"))]):
         pipe.text_encoder(tokens)
     # argmax finds the first of equals: padding may be the end token, too

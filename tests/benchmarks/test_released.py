@@ -1,5 +1,7 @@
 """The released procedure, against its description typed anew, with positions counted by hand."""
 
+import importlib
+
 import numpy
 import pytest
 import torch
@@ -53,3 +55,10 @@ def test_as_an_edit_it_makes_the_released_weight(biased):
         edited = biased.text_encoder.get_parameter(name.removeprefix("text_encoder.")).detach().clone()
     torch.testing.assert_close(edited, released_weight(biased, {"a cat": "noto"}), rtol=0, atol=1e-5)
     assert edit.metadata["pairs"] == {"a cat": "noto"}
+
+
+def test_the_release_is_not_charged_with_looking_for_its_layer(biased, monkeypatch):
+    expected = released_weight(biased, {"a cat": "noto"})
+    module = importlib.import_module("mediation.sites")
+    monkeypatch.setattr(module, "_all_sites", lambda *_, **__: pytest.fail("sites were listed"))
+    assert torch.equal(released_weight(biased, {"a cat": "noto"}), expected)
