@@ -102,9 +102,9 @@ def cross_attention_edit(
         raise ValueError(f'method="{method}" edits few layers: pass their numbers, or the sites that a trace found')
     request = Request.of(pairs, ("{}",) if templates is None else templates, preserve, weights, erasable=True)
     regularization = defaults.regularization if regularization is None else regularization
-    regularization = checked_lambda(regularization, len(request.templates))
     chosen = _cross_attentions(pipe, layers)
     token_pairs = _pair_tokens(pipe, request, defaults.tokens if tokens is None else tokens)
+    regularization = checked_lambda(regularization, token_pairs)
     clock.lap("tokens")
 
     matrices = _matrices(pipe, chosen)

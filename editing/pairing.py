@@ -26,7 +26,8 @@ class TokenPairs:
         source: (pair, 2), index of a prompt and position in it.
         target: (pair, 2), likewise; of a preserved token, itself.
         weights: (pair,), float64.
-        templates: (pair,), index of the template that the pair is in, -1 in preserved prompts.
+        folds: (pair,), number of what the encoder reads before the concept, -1 in preserved prompts. Templates that
+            start alike share it: to a causal encoder, their last subject tokens are one.
         goals: what each range of pairs is for, the edited concepts first.
         n_edited: how many of the first pairs are edited; the others are preserved.
     """
@@ -36,7 +37,7 @@ class TokenPairs:
     source: torch.Tensor
     target: torch.Tensor
     weights: torch.Tensor
-    templates: torch.Tensor
+    folds: torch.Tensor
     goals: list[tuple[Goal, slice]]
     n_edited: int
 
@@ -93,13 +94,19 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
             return [(position, position) for position in _positions(layout(here), tokens)]
         return _partners(layout(here), layout(there), tokens)
 
-    pairs, weights, numbers, ranges = [], [], [], []
+    beginnings: dict[tuple[int, ...], int] = {}
+
+    def fold(place: _Place) -> int:
+        first = group_positions(layout(place))["subject"][0]
+        return beginnings.setdefault(tuple(located[texts[place.prompt]].ids[:first]), len(beginnings))
+
+    pairs, weights, folds, ranges = [], [], [], []
     for goal, own in zip(goals, places, strict=True):
         first = len(pairs)
-        for number, (here, there) in enumerate(own):
+        for here, there in own:
             met = [((here.prompt, a), (there.prompt, b)) for a, b in meet(goal, here, there)]
             pairs += met
-            numbers += [-1 if goal.is_prompt else number] * len(met)
+            folds += [-1 if goal.is_prompt else fold(here)] * len(met)
         weights += [goal.weight] * (len(pairs) - first)
         ranges.append((goal, slice(first, len(pairs))))
     source, target = zip(*pairs, strict=True)
@@ -109,7 +116,7 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
         source=torch.tensor(source),
         target=torch.tensor(target),
         weights=torch.tensor(weights, dtype=torch.float64),
-        templates=torch.tensor(numbers),
+        folds=torch.tensor(folds),
         goals=ranges,
         n_edited=ranges[len(request.pairs) - 1][1].stop,
     )

@@ -49,7 +49,9 @@ def quickfix(
         regularization: lambda > 0, in squared units of the keys. Smaller follows the targets more closely and changes
             more; the paper uses 0.01. `Relative(factor)` is factor * trace(K W K^T) / d_in. "auto" is the lambda,
             among `Relative` ones, with which solutions found without one template miss least in that template, summed
-            over templates, concepts and preserved concepts; no image is made, and concepts not named have no say.
+            over templates, concepts and preserved concepts. Templates with the same words before "{}" are left out
+            together, since a concept's last token has the same key in all of them. No image is made, and concepts not
+            named have no say.
         tokens: which tokens are edited. "last_subject": the last token of each concept. "subject": all its tokens,
             aligned from the end; the first tokens of the longer concept have no partner, and are left alone.
             "from_subject": the last token and every later position of the window, by offset, as the paper's code.
@@ -83,10 +85,10 @@ def quickfix(
     clock = Clock()
     family_of(pipe)
     request = Request.of(pairs, templates, preserve, weights)
-    regularization = checked_lambda(regularization, len(request.templates))
     chosen = text_sites(pipe, site)
     # Find all tokens first: a truncated concept must fail before anything runs.
     found = [pair_tokens(pipe, site.network, request, tokens) for site in chosen]
+    regularization = checked_lambda(regularization, *found)
     clock.lap("tokens")
 
     updates, base, report = {}, {}, {"residual": [], "interference": [], "regularization": {}}

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from editing.associations import Associations
+from editing.pairing import TokenPairs
 from editing.solvers import check_regularization, held_out_errors
 
 AUTO = "auto"
@@ -41,15 +42,18 @@ class Relative:
 Regularization = float | Relative | Literal["auto"]
 
 
-def checked_lambda(regularization: Regularization, n_templates: int) -> Regularization:
-    """Returns what a user passed as `regularization`, or says why it is none.
+def checked_lambda(regularization: Regularization, *found: TokenPairs) -> Regularization:
+    """Returns what a user passed as `regularization`, or says why it is none, or none for these pairs.
 
     Raises:
         TypeError: if it is neither a number nor `Relative` nor "auto".
-        ValueError: if it is not positive and finite, or "auto" is asked for with a single template.
+        ValueError: if it is not positive and finite, or "auto" is asked for while all templates start alike.
     """
-    if regularization == AUTO and n_templates < 2:
-        raise ValueError('regularization="auto" leaves one template out at a time, and needs at least two of them')
+    if regularization == AUTO and any(len(pairs.folds[pairs.folds >= 0].unique()) < 2 for pairs in found):
+        raise ValueError(
+            'regularization="auto" leaves out the templates that start with the same words, and tries the solution in'
+            ' them: pass at least two with different words before "{}", such as "{}" and "a photo of {}"'
+        )
     if regularization == AUTO or isinstance(regularization, Relative):
         return regularization
     return check_regularization(regularization)
@@ -58,9 +62,10 @@ def checked_lambda(regularization: Regularization, n_templates: int) -> Regulari
 def choose_lambda(regularization: Regularization, known: Associations) -> tuple[float, dict]:
     """The lambda for these associations, and how it came about, ready for a report.
 
-    "auto" solves without each template in turn, and adds up how far the solution misses the wanted values in it: those
-    of edited concepts and, where it should do nothing, those of preserved ones. It takes the lambda with the smallest
-    sum, and the largest of equals. The report gives the sums relative to doing nothing, as ratios of norms.
+    "auto" solves without each fold in turn, the templates with the same words before the concept, and adds up how far
+    the solution misses the wanted values in it: those of edited concepts and, where it should do nothing, those of
+    preserved ones. It takes the lambda with the smallest sum, and the largest of equals. The report gives the sums
+    relative to doing nothing, as ratios of norms.
     """
     keys, weights = known.keys, known.pairs.weights
     trace = float(keys.square().sum(1) @ weights)
@@ -71,7 +76,7 @@ def choose_lambda(regularization: Regularization, known: Associations) -> tuple[
         return regularization, {"lambda": regularization}
     candidates = _FACTORS * Relative(1.0).value(trace, keys.shape[1])
     errors = held_out_errors(
-        keys, known.residuals, folds=known.pairs.templates, regularizations=candidates, weights=weights
+        keys, known.residuals, folds=known.pairs.folds, regularizations=candidates, weights=weights
     )
     best = int(torch.nonzero(errors <= errors.min() * (1 + 1e-9)).max())
     unedited = known.residuals.square().sum(1) @ weights[: known.pairs.n_edited]

@@ -84,7 +84,7 @@ def test_preserved_concepts_come_last_and_are_paired_with_themselves(tiny_pipe):
         ("dog", slice(2, 3)),
     ]
     assert found.prompts == ["ink", "cat", "noto", "dog"], "a shared prompt is read once"
-    assert found.templates.tolist() == [0, 0, 0]
+    assert found.folds.tolist() == [0, 0, 0]
 
 
 def test_the_whole_window_is_aligned_part_by_part_from_the_end(tiny_pipe):
@@ -117,7 +117,7 @@ def test_a_preserved_prompt_keeps_all_its_tokens_but_padding(tiny_pipe):
     assert torch.equal(found.source[2:], found.target[2:])
     assert positions(found)[4:] == [(i, i) for i in (*range(5), *range(2))]
     assert found.weights[4:].tolist() == [2.0] * 5 + [1.0] * 2
-    assert found.templates.tolist() == [0, 1, 0, 1] + [-1] * 7
+    assert found.folds.tolist() == [0, 1, 0, 1] + [-1] * 7
 
 
 def test_a_preserved_prompt_is_cut_as_the_window_cuts_it(tiny_pipe):
@@ -150,6 +150,18 @@ def test_a_prompt_is_checked_when_it_is_made():
         Prompt(3)
     with pytest.raises(ValueError, match="weight of 'a cat' must be positive"):
         Prompt("a cat", weight=0)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_templates_that_start_alike_are_one_fold(tiny_pipe, tokens):
+    """Whatever the case, the spaces and the words behind; "aink" starts with another token than "a ink"."""
+    templates = ("a photo of {}", "{}", "A  Photo of {} in red", "{} cat", "a photo of  {}", "a{}", "a {}")
+    found = pairs_of(tiny_pipe, {"ink": "noto"}, tokens, templates, preserve=["bird"])
+    by_template = {
+        found.prompts[i]: fold for i, fold in zip(found.source[:, 0].tolist(), found.folds.tolist(), strict=True)
+    }
+    for concept in ("ink", "bird"):
+        assert [by_template[template.format(concept)] for template in templates] == [0, 1, 0, 1, 0, 2, 3]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
