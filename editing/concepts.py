@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 TEMPLATES = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
@@ -38,6 +38,7 @@ class Goal(NamedTuple):
     source: str
     target: str
     weight: float
+    is_edited: bool = False
     is_prompt: bool = False  # and goes through no template
 
 
@@ -118,8 +119,10 @@ class Request:
 
     def goals(self) -> Iterator[Goal]:
         """The edited concepts in the order given, then the preserved ones, then the preserved prompts."""
-        for source, target in [*self.pairs.items(), *((concept, concept) for concept in self.preserve)]:
-            yield Goal(source, target, self.weights.get(source, 1.0))
+        for source, target in self.pairs.items():
+            yield Goal(source, target, self.weights.get(source, 1.0), is_edited=True)
+        for concept in self.preserve:
+            yield Goal(concept, concept, self.weights.get(concept, 1.0))
         for prompt in self.prompts:
             yield Goal(prompt.text, prompt.text, prompt.weight, is_prompt=True)
 
@@ -132,26 +135,6 @@ class Request:
             "preserve_prompts": {prompt.text: prompt.weight for prompt in self.prompts},
             "weights": self.weights,
         }
-
-    def check_distinct(self, read: Callable[[str], object]) -> None:
-        """Checks that no concept contradicts another, where `read` tells how a text encoder sees a concept.
-
-        Raises:
-            ValueError: if a source is its own target, or two sources are one concept, or a concept is to be edited
-                and preserved, or preserved twice.
-        """
-        uses: dict[object, str] = {}
-        for source, target in self.pairs.items():
-            if (seen := read(source)) == read(target):
-                raise ValueError(f"source {source!r} and target {target!r} are the same to the text encoder")
-            if seen in uses:
-                raise ValueError(f"{uses[seen]!r} and {source!r} are one concept to the text encoder: name one target")
-            uses[seen] = source
-        for concept in self.preserve:
-            if (seen := read(concept)) in uses:
-                why = "edited and preserved" if uses[seen] in self.pairs else "preserved twice"
-                raise ValueError(f"{concept!r} would be {why}: to the text encoder it is {uses[seen]!r}")
-            uses[seen] = concept
 
 
 def checked_templates(templates: Iterable[str] | None) -> tuple[str, ...]:

@@ -9,13 +9,13 @@ from editing.associations import associate, projection, text_sites
 from editing.clock import Clock
 from editing.concepts import Prompt, Request, checked_templates
 from editing.edit import Edit, measure
-from editing.pairing import pair_tokens
+from editing.ledger import Ledger
+from editing.pairing import TokenPairs, pair_tokens
 from editing.regularization import Relative, describe_lambda
 from editing.solvers import Statistics, check_regularization
 from editing.updates import LowRank
 from mediation import tensorfiles
 from mediation.parameters import fingerprint, mismatch
-from mediation.pipelines import tokenizers_of
 from mediation.provenance import provenance
 from mediation.sites import Site
 
@@ -60,6 +60,7 @@ class Fitter:
         self._base = {site.name: fingerprint(pipe, self._parameter(site)) for site in self._sites}
         self.statistics: dict[str, Statistics] = {}
         self.request: Request | None = None
+        self._ledgers: dict[str, Ledger] = {}
 
     def update(
         self,
@@ -68,19 +69,20 @@ class Fitter:
         preserve: Iterable[str | Prompt] = (),
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Adds concepts; arguments as for `quickfix`. A preserved prompt is compared with the sources given beside it.
+        """Adds concepts; arguments as for `quickfix`. What is preserved is to be named once, in one of all updates.
 
         Raises:
-            TypeError, ValueError: as `quickfix` does, or if a concept contradicts an earlier one, or the pipeline's
-                weights were changed since; nothing is added then.
+            TypeError, ValueError: as `quickfix` does, or if something contradicts an earlier update or is preserved
+                again, or the pipeline's weights were changed since; nothing is added then.
         """
         request = Request.of(pairs, self._templates, preserve, weights)
         merged = self._merged(request)
         self._check_base(self._base)
-        found = {site: pair_tokens(self._pipe, site.network, request, self._tokens) for site in self._sites}
-        known = {site.name: associate(self._pipe, site, token_pairs) for site, token_pairs in found.items()}
-        self._add({name: Statistics.of(k.keys, k.residuals, k.pairs.weights) for name, k in known.items()})
-        self.request = merged
+        found = self._found(request)
+        ledgers = self._entered({name: token_pairs.ledger for name, token_pairs in found.items()})
+        known = [(site.name, associate(self._pipe, site, found[site.name])) for site in self._sites]
+        self._add({name: Statistics.of(k.keys, k.residuals, k.pairs.weights) for name, k in known})
+        self.request, self._ledgers = merged, ledgers
 
     def merge(self, other: "Fitter") -> None:
         """Adds all that another fitter was given, which must have the same options and base model.
@@ -95,9 +97,9 @@ class Fitter:
                 raise ValueError(f"fitters of different {what.strip('_')} cannot be merged: {mine} and {theirs}")
         if self._base != other._base:
             raise ValueError("the fitters were given different base models")
-        merged = self._merged(other.request)
+        merged, ledgers = self._merged(other.request), self._entered(other._ledgers)
         self._add(other.statistics)
-        self.request = merged
+        self.request, self._ledgers = merged, ledgers
 
     def fit(self, *, regularization: float | Relative = 0.01) -> Edit:
         """The edit that `quickfix` makes of all concepts at once.
@@ -174,6 +176,7 @@ class Fitter:
         fitter = cls(pipe, templates=request.templates, site=list(header["base"]), **header["options"])
         fitter._check_base(header["base"])
         fitter.request = request
+        fitter._ledgers = {name: token_pairs.ledger for name, token_pairs in fitter._found(request).items()}
         fitter._add(
             {
                 site: Statistics(tensors[f"{site}.gram"], tensors[f"{site}.cross"], **sums)
@@ -183,13 +186,14 @@ class Fitter:
         return fitter
 
     def _merged(self, request: Request) -> Request:
-        if self.request is None:
-            return request
-        merged = self.request + request
-        for network in {site.network for site in self._sites}:
-            tokenizer = tokenizers_of(self._pipe)[network]
-            merged.check_distinct(lambda concept, read=tokenizer: tuple(read(concept, verbose=False)["input_ids"]))
-        return merged
+        return request if self.request is None else self.request + request
+
+    def _found(self, request: Request) -> dict[str, TokenPairs]:
+        return {site.name: pair_tokens(self._pipe, site.network, request, self._tokens) for site in self._sites}
+
+    def _entered(self, ledgers: Mapping[str, Ledger]) -> dict[str, Ledger]:
+        """What each site's encoder is asked for with these updates; earlier ones are not tokenized again."""
+        return {name: self._ledgers[name] + ledger if self._ledgers else ledger for name, ledger in ledgers.items()}
 
     def _add(self, sums: Mapping[str, Statistics]) -> None:
         for site, more in sums.items():

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from editing.concepts import Goal, Request, split
+from editing.ledger import Aim, Ledger, Use, contexts
 from mediation.cases import Segment, align, group_positions, located_tokens, segments
 from mediation.pipelines import expansion, tokenizers_of
 
@@ -29,6 +31,7 @@ class TokenPairs:
         folds: (pair,), number of what the encoder reads before the concept, -1 in preserved prompts. Templates that
             start alike share it: to a causal encoder, their last subject tokens are one.
         goals: what each range of pairs is for, the edited concepts first.
+        ledger: the same by what the encoder reads, to be compared with other requests.
         n_edited: how many of the first pairs are edited; the others are preserved.
     """
 
@@ -39,6 +42,7 @@ class TokenPairs:
     weights: torch.Tensor
     folds: torch.Tensor
     goals: list[tuple[Goal, slice]]
+    ledger: Ledger
     n_edited: int
 
 
@@ -56,7 +60,8 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
             source whose target is "" are paired with the empty prompt's tokens at the same positions.
 
     Raises:
-        ValueError: if `tokens` is unknown, concepts contradict each other or a preserved prompt, or one is truncated.
+        ValueError: if `tokens` is unknown, or a concept is truncated, or what is asked for contradicts itself: as a
+            whole, or at a token that the encoder would have to read in two ways.
     """
     if tokens not in TOKENS:
         raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
@@ -79,7 +84,7 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
     concepts = [concept for goal in goals if not goal.is_prompt for concept in (goal.source, goal.target)]
     texts = list(dict.fromkeys([*prompts, *map(expand, concepts)]))
     located = dict(zip(texts, located_tokens(tokenizer, texts), strict=True))
-    request.check_distinct(lambda concept: tuple(located[expand(concept)].ids))
+    ledger = Ledger(tokenizer).enter(_uses(goals, lambda text: tuple(located[expand(text)].ids)), ())
 
     @functools.cache  # many sources may share a target
     def layout(place: _Place) -> list[Segment]:
@@ -110,19 +115,18 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
         weights += [goal.weight] * (len(pairs) - first)
         ranges.append((goal, slice(first, len(pairs))))
     source, target = zip(*pairs, strict=True)
-    result = TokenPairs(
+    ids = [located[prompt].ids for prompt in prompts]
+    return TokenPairs(
         prompts=list(prompts),
-        ids=[located[prompt].ids for prompt in prompts],
+        ids=ids,
         source=torch.tensor(source),
         target=torch.tensor(target),
         weights=torch.tensor(weights, dtype=torch.float64),
         folds=torch.tensor(folds),
         goals=ranges,
+        ledger=ledger.enter((), _aims(tokenizer, list(prompts), ids, pairs, ranges)),
         n_edited=ranges[len(request.pairs) - 1][1].stop,
     )
-    if request.prompts:
-        _check_prompts(tokenizer, result)
-    return result
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,23 +166,29 @@ def _partners(source: list[Segment], target: list[Segment], tokens: str) -> list
     return list(zip(a[kept], b[kept], strict=True))
 
 
-def _check_prompts(tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs) -> None:
-    """Raises a ValueError if a token is to be edited in one prompt and preserved in another that starts alike."""
-    ids = windows(tokenizer, pairs.ids)[0].tolist()
+def _uses(
+    goals: Iterable[Goal], read: Callable[[str], tuple[int, ...]]
+) -> Iterator[tuple[tuple[bool, tuple[int, ...]], Use]]:
+    """Entries of a ledger, where `read` tells the tokens of a text."""
+    for goal in goals:
+        if goal.is_edited and read(goal.source) == read(goal.target):
+            raise ValueError(f"source {goal.source!r} and target {goal.target!r} are the same to the text encoder")
+        yield (goal.is_prompt, read(goal.source)), Use(goal.source, goal.is_edited, goal.is_prompt)
 
-    def context(token: list[int]) -> tuple[int, ...]:
-        prompt, position = token
-        return tuple(ids[prompt][: position + 1])
 
-    edited = {}
-    for source, target in zip(pairs.source[: pairs.n_edited].tolist(), pairs.target.tolist(), strict=False):
-        if context(source) != context(target):
-            edited[context(source)] = pairs.prompts[source[0]]
-    for goal, rows in pairs.goals:
-        for token in pairs.source[rows].tolist() if goal.is_prompt else ():
-            if (why := edited.get(context(token))) is not None:
-                words = tokenizer.decode(context(token), skip_special_tokens=True).strip()
-                raise ValueError(
-                    f"the prompt {goal.source!r} cannot be preserved: up to {words!r} it is read as {why!r} is, whose"
-                    " token there is edited"
-                )
+def _aims(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    ids: list[list[int]],
+    pairs: list[tuple[tuple[int, int], tuple[int, int]]],
+    ranges: list[tuple[Goal, slice]],
+) -> Iterator[tuple[bytes, Aim]]:
+    """Entries of a ledger: of each pair's source token, by all that the encoder reads of it."""
+    n_read = [0] * len(prompts)
+    for prompt, position in itertools.chain.from_iterable(pairs):
+        n_read[prompt] = max(n_read[prompt], position + 1)
+    known = [contexts(row[:n]) for row, n in zip(windows(tokenizer, ids)[0].tolist(), n_read, strict=True)]
+    for goal, rows in ranges:
+        for (prompt, position), (other, place) in pairs[rows]:
+            aim = Aim(prompts[prompt], position, prompts[other], known[other][place], goal.is_prompt)
+            yield known[prompt][position], aim

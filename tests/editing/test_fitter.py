@@ -76,6 +76,9 @@ def test_concepts_that_contradict_earlier_ones_are_refused_and_not_added(tiny_pi
         ({"Ink": "cat"}, (), "'ink' and 'Ink' are one concept"),
         ({"cat": "bird"}, ["ink"], "'ink' would be edited and preserved"),
         ({"cat": "bird"}, ["red"], "'red' would be preserved twice"),
+        ({"red": "bird"}, (), "'red' would be edited and preserved"),
+        ({"red cat": "a dog"}, (), "'red' and 'red cat' contradict each other: up to 'red'"),
+        ({"bird": "dog"}, [editing.Prompt("ink dog")], "'ink dog' cannot be preserved: up to 'ink' it is read as"),
     ]:
         with pytest.raises(ValueError, match=message):
             first.update(pairs, preserve=preserve)
@@ -83,6 +86,33 @@ def test_concepts_that_contradict_earlier_ones_are_refused_and_not_added(tiny_pi
         first.merge(first)
     same(first.fit(), before)
     assert second.request.pairs == {"cat": "bird", "panda": "dog"}
+
+
+def test_a_prompt_counts_once_however_concepts_are_split(tiny_pipe, tmp_path):
+    """As for `quickfix`, which refuses it twice; counted twice it would hold back twice as much."""
+    kept = [editing.Prompt(""), editing.Prompt("a dog in red")]
+    fitter, second = (editing.Fitter(tiny_pipe, **OPTIONS) for _ in range(2))
+    fitter.update({"ink": "noto"}, preserve=kept)
+    fitter.save(tmp_path / "first.safetensors")
+    second.update({"cat": "bird"}, preserve=[editing.Prompt(" A  dog in red")])
+    for one in (fitter, editing.Fitter.load(tmp_path / "first.safetensors", tiny_pipe)):
+        with pytest.raises(ValueError, match=r"the prompt 'A  dog in red' would be preserved twice.*'a dog in red'"):
+            one.update({"cat": "bird"}, preserve=[editing.Prompt("A  dog in red")])
+        with pytest.raises(ValueError, match="would be preserved twice"):
+            one.merge(second)
+        one.update({"cat": "bird"})
+        same(one.fit(), editing.quickfix(tiny_pipe, {"ink": "noto", "cat": "bird"}, preserve=kept, **OPTIONS))
+    with pytest.raises(ValueError, match="would be preserved twice"):
+        editing.quickfix(tiny_pipe, {"ink": "noto"}, preserve=[*kept, editing.Prompt("A DOG in red")], **OPTIONS)
+
+
+def test_earlier_concepts_are_not_tokenized_again(tiny_pipe, monkeypatch):
+    fitter, kind, seen = editing.Fitter(tiny_pipe, **OPTIONS), type(tiny_pipe.tokenizer), []
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, texts, **kw: seen.append(texts) or call(self, texts, **kw))
+    for source, target in PAIRS.items():
+        fitter.update({source: target})
+    assert [len(texts) for texts in seen] == [4, 4, 4], "two concepts in two templates, once each"
 
 
 def test_only_fitters_of_the_same_kind_and_base_are_merged(tiny_pipe, parts, tmp_path):

@@ -134,6 +134,34 @@ def test_a_preserved_prompt_may_not_start_as_an_edited_one(tiny_pipe, tokens):
 
 
 @pytest.mark.parametrize(
+    ("pairs", "tokens", "templates", "preserve", "words"),
+    [
+        (
+            {"red cat": "ink dog"},
+            "subject",
+            ("{}",),
+            ["red"],
+            "'red cat' and 'red' .* up to 'red' .* 'ink dog' .* 'red'",
+        ),
+        ({"red cat": "dog", "cat": "bird"}, "last_subject", ("{}", "red {}"), (), "up to 'red cat'"),
+        ({"red cat": "dog", "red bird": "ink noto"}, "subject", ("{}",), (), None),
+        ({"red cat": "ink dog", "red bird": "a noto"}, "subject", ("{}",), (), "up to 'red'"),
+        ({"ink": "noto"}, "from_subject", ("{} cat", "{}"), ["ink cat"], "up to 'ink cat'"),
+        ({"ink": "", "cat": "dog"}, "all", ("a {}",), (), "'a ink' and 'a cat' .* up to 'a' .* '' and as in 'a dog'"),
+        ({"ink": "", "cat": ""}, "all", ("a {}", "a photo of {}"), (), None),
+        ({"red cat": "dog", "cat": "bird"}, "last_subject", ("{}", "a {}"), ["red"], None),
+    ],
+)
+def test_a_token_may_not_be_read_in_two_ways(tiny_pipe, pairs, tokens, templates, preserve, words):
+    """The same words stand before it: it has one key, and a layer gives one value."""
+    if words is None:
+        pairs_of(tiny_pipe, pairs, tokens, templates, preserve)
+        return
+    with pytest.raises(ValueError, match=words):
+        pairs_of(tiny_pipe, pairs, tokens, templates, preserve)
+
+
+@pytest.mark.parametrize(
     ("preserve", "error", "message"),
     [
         ([Prompt("a cat"), Prompt(" a cat")], ValueError, "a prompt would be preserved twice"),
