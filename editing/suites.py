@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from mediation.cases import find_spans
 
@@ -109,13 +109,15 @@ class Suite:
             path: a CSV file with a header, or a JSON file with a list of objects. Either its columns are the fields of
                 `Trial`, of which prompt and role are needed; or, with `pairs`, it has a prompt and one or more of
                 style, theme, artist, object, class and label, as lists of prompts for UnlearnCanvas or Imagenette
-                have, and may have others, which are ignored.
+                have, and may have others, which are ignored. A prompt that is there for several seeds is one trial.
             pairs: source concept -> target concept. Rows with the label of a source are then efficacy trials, and all
-                others specificity trials.
+                others specificity trials, judged by the same column. Case does not matter, and "_" is a space. The
+                target prompt is that of a column target_prompt, or the prompt with the target in the source's place.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if a column is missing or unknown, or a row is no trial.
+            ValueError: if a column is missing or unknown, or a row is no trial, or no row is about a source, or there
+                is no telling what is to be drawn in its place.
 
         Example:
             >>> import tempfile
@@ -127,7 +129,7 @@ class Suite:
         """
         rows = _rows(path)
         if pairs is not None:
-            return cls([_labelled(row, pairs, path) for row in rows])
+            return cls(_labelled(rows, pairs, path))
         fields = {field.name for field in dataclasses.fields(Trial)}
         for row in rows:
             if unknown := set(row) - fields:
@@ -157,20 +159,44 @@ def _rows(path: str | os.PathLike) -> list[dict[str, str]]:
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
-def _labelled(row: Mapping[str, str], pairs: Mapping[str, str], path: str | os.PathLike) -> Trial:
-    """A trial from a prompt and labels of what it shows."""
-    labels = {column: row[column] for column in _LABELS if row.get(column)}
-    if "prompt" not in row or not labels:
+def _labelled(rows: Sequence[Mapping[str, str]], pairs: Mapping[str, str], path: str | os.PathLike) -> list[Trial]:
+    """Trials of prompts with labels of what they show."""
+    labels = [{column: row[column] for column in _LABELS if row.get(column)} for row in rows]
+    if not all("prompt" in row and found for row, found in zip(rows, labels, strict=True)):
         raise ValueError(f"{path} needs a column prompt and one of {', '.join(_LABELS)}, filled in every row")
-    prompt = row["prompt"]
-    for factor, label in labels.items():
-        if label in pairs:
-            return Trial(prompt, "efficacy", _replaced(prompt, label, pairs[label]), factor, label, pairs[label])
-    factor, label = next(iter(labels.items()))
-    return Trial(prompt, "specificity", "", factor, label)
+    known = {(factor, _words(label)): label for found in labels for factor, label in found.items()}
+    edited = {_words(source): target for source, target in pairs.items()}
+    if strangers := [source for source in pairs if _words(source) not in {words for _, words in known}]:
+        some = ", ".join(sorted(set(known.values()))[:10])
+        raise ValueError(f"no row of {path} has the label {' or '.join(map(repr, strangers))}; its labels are {some}")
+    # What is edited decides on the column to judge by: other columns tell nothing of it.
+    factors = [factor for factor in _LABELS if any((factor, source) in known for source in edited)]
+    trials = []
+    for row, found in zip(rows, labels, strict=True):
+        targets = {f: edited[_words(found[f])] for f in factors if f in found and _words(found[f]) in edited}
+        after = row.get("target_prompt") or _replaced(row["prompt"], {found[f]: t for f, t in targets.items()}, path)
+        for factor, target in targets.items():
+            aim = known.get((factor, _words(target)), target)
+            trials.append(Trial(row["prompt"], "efficacy", after, factor, found[factor], aim))
+        if not targets:
+            judged = [factor for factor in factors if factor in found] or list(found)[:1]
+            trials += [Trial(row["prompt"], "specificity", "", factor, found[factor]) for factor in judged]
+    return list(dict.fromkeys(trials))
 
 
-def _replaced(prompt: str, source: str, target: str) -> str:
-    for start, stop in reversed(find_spans(prompt, source)):
-        prompt = prompt[:start] + target + prompt[stop:]
+def _replaced(prompt: str, targets: Mapping[str, str], path: str | os.PathLike) -> str:
+    """The prompt with targets in the place of labels, which may have an underscore where the prompt has a space."""
+    for label, target in targets.items():
+        spans = find_spans(prompt, label) or find_spans(prompt, label.replace("_", " "))
+        if not spans:
+            raise ValueError(
+                f"{path} has the label {label!r} for the prompt {prompt!r}, which does not say so, and no telling what"
+                " to draw instead: add a column target_prompt"
+            )
+        for start, stop in reversed(spans):
+            prompt = prompt[:start] + target + prompt[stop:]
     return " ".join(prompt.split())
+
+
+def _words(label: str) -> str:
+    return " ".join(label.replace("_", " ").split()).casefold()

@@ -55,9 +55,81 @@ def test_lists_of_other_projects_get_their_roles_from_the_pairs(tmp_path):
     assert (bear.factor, bear.target, bear.target_prompt) == ("object", "Dog", "A Dog image in Cubism style.")
 
 
+CANVAS = (
+    ("A Bear image in Van Gogh style.", "Van_Gogh", "Bear"),
+    ("A Cat image in Van Gogh style.", "Van_Gogh", "Cat"),
+    ("A Bear image in Cubism style.", "Cubism", "Bear"),
+    ("A Cat image in Cubism style.", "Cubism", "Cat"),
+)
+
+
+def canvas(folder, pairs):
+    rows = [{"prompt": prompt, "theme": theme, "object": kind} for prompt, theme, kind in CANVAS]
+    (folder / "canvas.json").write_text(json.dumps(rows))
+    return list(Suite.read(folder / "canvas.json", pairs=pairs))
+
+
+def test_a_list_is_judged_by_what_is_edited(tmp_path):
+    """Neighbours of an object are other objects, not the themes that happen to come first in the file."""
+    by_object = canvas(tmp_path, {"bear": "Dog"})
+    assert [(trial.role, trial.factor, trial.source) for trial in by_object] == [
+        ("efficacy", "object", "Bear"),
+        ("specificity", "object", "Cat"),
+        ("efficacy", "object", "Bear"),
+        ("specificity", "object", "Cat"),
+    ]
+    assert by_object[0].target_prompt == "A Dog image in Van Gogh style."
+    by_theme = canvas(tmp_path, {"Van Gogh": "cubism"})
+    assert [(trial.role, trial.factor, trial.source, trial.target) for trial in by_theme] == [
+        ("efficacy", "theme", "Van_Gogh", "Cubism"),
+        ("efficacy", "theme", "Van_Gogh", "Cubism"),
+        ("specificity", "theme", "Cubism", "Cubism"),
+        ("specificity", "theme", "Cubism", "Cubism"),
+    ], "labels are those of the file, which a classifier knows"
+    both = canvas(tmp_path, {"Van Gogh": "Cubism", "Bear": "Dog"})
+    assert [(trial.role, trial.factor, trial.source) for trial in both] == [
+        ("efficacy", "theme", "Van_Gogh"),
+        ("efficacy", "object", "Bear"),
+        ("efficacy", "theme", "Van_Gogh"),
+        ("efficacy", "object", "Bear"),
+        ("specificity", "theme", "Cubism"),
+        ("specificity", "object", "Cat"),
+    ]
+    assert both[0].target_prompt == both[1].target_prompt == "A Dog image in Cubism style."
+
+
+def test_prompts_repeated_for_other_seeds_are_one_trial(tmp_path):
+    """As in Imagenette's lists, which have hundreds of rows for a class."""
+    rows = "".join(f"{i},a photo of a {kind},{i},{kind}\n" for i, kind in enumerate(["tench", "horn"] * 3))
+    (tmp_path / "list.csv").write_text(f"case_number,prompt,evaluation_seed,class\n{rows}")
+    suite = Suite.read(tmp_path / "list.csv", pairs={"tench": "horn"})
+    assert [(trial.prompt, trial.role) for trial in suite] == [
+        ("a photo of a tench", "efficacy"),
+        ("a photo of a horn", "specificity"),
+    ]
+
+
+def test_a_column_may_tell_what_is_to_be_drawn(tmp_path):
+    (tmp_path / "list.csv").write_text("prompt,class,target_prompt\na fish,tench,a trumpet\na horn,horn,\n")
+    first, second = Suite.read(tmp_path / "list.csv", pairs={"tench": "horn"})
+    assert (first.target_prompt, second.target_prompt) == ("a trumpet", "a horn")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "pairs", "message"),
     [
+        (
+            "a.csv",
+            "prompt,class\na tench,tench\n",
+            {"tench": "a", "trout": ""},
+            "no row .* the label 'trout'; .* tench",
+        ),
+        (
+            "a.csv",
+            "prompt,class\na fish,tench\n",
+            {"tench": "horn"},
+            "'tench' for the prompt 'a fish', .* target_prompt",
+        ),
         ("a.csv", "prompt,role,tagret\na,quality,b\n", None, "unknown columns .'tagret'"),
         ("a.csv", "prompt\na cat\n", None, "no column role: pass pairs to tell roles by labels"),
         ("a.csv", "prompt,role\n", None, "has no trials"),
