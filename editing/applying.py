@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from editing.updates import Update
-from mediation.parameters import locate, mismatch, sha256
+from mediation.parameters import check_precision, locate, mismatch, sha256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], 
 
     Raises:
         RuntimeError: if this edit is already applied to the pipeline.
-        ValueError: if the pipeline lacks a parameter, or has another base, or the sum overflows its dtype.
+        ValueError: if the pipeline lacks a parameter, or has it quantized, or has another base, or the sum overflows
+            its dtype.
     """
     places = {name: locate(pipe, name) for name in updates}
     for name, place in places.items():
@@ -89,6 +90,7 @@ def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update])
 
 def _check(name: str, place: tuple[nn.Module, str], update: Update, base: Mapping | None) -> None:
     weight, stack = _parameter(*place), _stack(*place)
+    check_precision(name, weight)
     if tuple(weight.shape) != tuple(update.shape):
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, the edit is for {tuple(update.shape)}")
     if base is None:

@@ -15,6 +15,7 @@ from torch import nn
 from editing.pairing import TokenPairs, windows
 from editing.updates import LowRank
 from mediation.hooks import input_of
+from mediation.parameters import check_precision
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.sites import Site, resolve, sites
 
@@ -130,11 +131,12 @@ def plain_linear(pipe: DiffusionPipeline, network: str, path: str) -> nn.Linear:
         ValueError: if what is there is not a plain, loaded linear layer.
     """
     module = getattr(pipe, network).get_submodule(path)
-    if type(module) is not nn.Linear or not module.weight.is_floating_point():
+    if type(module) is not nn.Linear:
         raise ValueError(
-            f"{network}.{path} is a {type(module).__module__}.{type(module).__name__}, not a linear layer in"
-            " floating point: unload or fuse adapters, and load the pipeline without quantization"
+            f"{network}.{path} is a {type(module).__module__}.{type(module).__name__}, not a linear layer: unload"
+            " or fuse adapters, and load the pipeline without quantization"
         )
+    check_precision(f"{network}.{path}.weight", module.weight)
     if module.weight.is_meta:
         raise ValueError(f"{network}.{path} is offloaded: edit the pipeline before offloading it")
     return module

@@ -67,7 +67,8 @@ class Edit:
 
         Raises:
             RuntimeError: if this edit is already applied to the pipeline.
-            ValueError: if the pipeline lacks a parameter or has other weights, or the sum overflows its dtype.
+            ValueError: if the pipeline lacks a parameter, or has it quantized, or has other weights, or the sum
+                overflows its dtype.
 
         Example:
             >>> import editing, mediation

@@ -12,6 +12,7 @@ from transformers.models.clip import modeling_clip
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.sites import Site, resolve, sites
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 # transformers < 5.6 wraps CLIPTextModel's layers in a module of this name, later versions do not
 _WRAPPED = hasattr(modeling_clip, "CLIPTextTransformer")
@@ -77,7 +78,7 @@ def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | 
     Raises:
         KeyError: if an entry matches nothing.
         TypeError: if one is neither a site nor a name.
-        ValueError: if a site is a single head, or there are no entries, or a parameter has no floating-point values.
+        ValueError: if a site is a single head, or there are no entries, or a parameter is quantized.
 
     Example:
         >>> import mediation
@@ -98,8 +99,7 @@ def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | 
         raise ValueError("no parameters were given: pass None for the feed-forwards, or sites, or names")
     wanted = {name for entry in entries for name in _matching(pipe, entry, every)}
     for name in wanted:
-        if not every[name].is_floating_point():
-            raise ValueError(f"{name} holds {every[name].dtype}: load the pipeline without quantization")
+        check_precision(name, every[name])
     named = [name for name in every if name in wanted]
     inside = {name: site for site in sites(pipe) for name in named if name.startswith(f"{site.network}.{site.path}.")}
     return inside | {name: _elsewhere(name) for name in named if name not in inside}
@@ -127,13 +127,30 @@ def _elsewhere(name: str) -> Site:
     return Site(f"{network}.{path}.other", network, "other", -1, "", path)
 
 
+def check_precision(name: str, weight: torch.Tensor) -> None:
+    """Checks that a weight is stored in a dtype that can be computed with.
+
+    Raises:
+        ValueError: if it is in 8 bits or fewer, or in integers.
+    """
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: load the pipeline in float32, float16 or"
+            " bfloat16, without quantization and without layerwise casting"
+        )
+
+
 def fingerprint(pipe: DiffusionPipeline, name: str) -> dict:
     """What identifies a weight: its network's class, shape, dtype, Frobenius norm, and SHA-256.
 
     The hash is taken in every dtype that the weight may be loaded in later.
+
+    Raises:
+        ValueError: if the pipeline has no such weight, or it is offloaded or quantized.
     """
     module, attribute = locate(pipe, name)
     weight = getattr(module, attribute).detach().cpu()
+    check_precision(name, weight)
     own = _dtype(weight)
     # Casting rounds, so that a half-precision weight is known in its own dtype alone.
     dtypes = ("float32", "float16", "bfloat16") if own == "float32" else (own,)

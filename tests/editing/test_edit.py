@@ -293,6 +293,23 @@ def test_an_offloaded_parameter_is_refused(fresh_pipe):
         edit.apply(fresh_pipe)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_in_eight_bits_are_refused(fresh_pipe, dtype):
+    """As layerwise casting stores them, and quantization: there is no telling what a sum in them would mean."""
+    edit, name = random_edit(fresh_pipe, A), full_name(fresh_pipe, A)
+    weight(fresh_pipe, A).requires_grad_(False).data = weight(fresh_pipe, A).data.to(dtype)
+    before, kind = weight(fresh_pipe, A).clone(), str(dtype).removeprefix("torch.")
+    for use in (
+        lambda: edit.apply(fresh_pipe),
+        lambda: edit.apply(fresh_pipe, force=True),
+        lambda: fingerprint(fresh_pipe, name),
+        lambda: editing.quickfix(fresh_pipe, {"ink": "noto"}),
+    ):
+        with pytest.raises(ValueError, match=rf"out_proj.weight is stored as {kind}: load the pipeline in float32"):
+            use()
+    assert torch.equal(weight(fresh_pipe, A).view(torch.uint8), before.view(torch.uint8))
+
+
 @given(factor=st.sampled_from([-1.0, 0.0, 0.5, 3]))
 def test_scaling_and_adding_act_on_the_change(tiny_pipe, factor):
     a, b = random_edit(tiny_pipe, A, B, seed=1), random_edit(tiny_pipe, B, C, seed=2)
