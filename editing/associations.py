@@ -92,9 +92,10 @@ def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] 
 
     Raises:
         KeyError: if the pipeline has no such site.
-        ValueError: if a site is in no text encoder, or two are in the same one.
+        ValueError: if a site is in no text encoder, or in a layer that nothing reads, or two are in the same encoder.
     """
-    networks = [network for network, _ in family_of(pipe).text_encoders]
+    family = family_of(pipe)
+    networks = [network for network, _ in family.text_encoders]
     if site is None:
         return [sites(pipe, network=network, component="self_attention")[0] for network in networks]
     chosen = [site for group in resolve(pipe, site) for site in group]
@@ -102,6 +103,13 @@ def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] 
         if site.network not in networks:
             raise ValueError(
                 f"quickfix edits text encoders ({', '.join(networks)}), and {site.name} is in {site.network}"
+            )
+        n_layers = getattr(pipe, site.network).config.num_hidden_layers
+        n_read = n_layers - family.n_unread_layers.get(site.network, 0)
+        if site.layer >= n_read:
+            raise ValueError(
+                f"an edit at {site.name} would change no picture: a {type(pipe).__name__} reads what the first {n_read}"
+                f" of {n_layers} layers of its {site.network} make"
             )
         if sum(other.network == site.network for other in chosen) > 1:
             raise ValueError(

@@ -23,6 +23,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     image_pipelines = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
     text_encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    n_unread_layers: ClassVar = {"text_encoder": 1}
     output_projections: ClassVar = StableDiffusion.output_projections | {
         "text_encoder_2": StableDiffusion.output_projections["text_encoder"]
     }

@@ -41,6 +41,8 @@ class StableDiffusion:
     text_encoders = (("text_encoder", "tokenizer"),)
     # classes of text encoders in which no token reads a later one
     causal_text_encoders = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    # of each text encoder, how many of its last layers change nothing that the denoiser reads; 0 where absent
+    n_unread_layers: ClassVar[dict[str, int]] = {}
     # the halves of the denoiser's batch under classifier-free guidance, in their order
     guidance_halves = ("uncond", "cond")
     # where a component's output is projected, below its path: what an edit rewrites, and what reads its heads

@@ -100,6 +100,18 @@ def test_cross_attentions_are_edited_by_the_states_of_both_encoders(pipe):
         numpy.testing.assert_allclose(update.dense().numpy(), closed_form(base, pairs, 0.5), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("site", ["text_encoder.2.self_attention", "text_encoder.2.mlp"])
+def test_a_layer_that_nothing_reads_is_not_edited(pipe, site):
+    with pytest.raises(ValueError, match=rf"{site} would change no picture: .* reads what the first 2 of 3 layers"):
+        editing.quickfix(pipe, {"ink": "noto"}, site=site)
+    with pytest.raises(ValueError, match="would change no picture"):
+        editing.Fitter(pipe, site=site)
+    edit = editing.quickfix(pipe, {"ink": "noto"}, site=site.replace("encoder", "encoder_2"))
+    plain = picture(pipe)
+    with edit.applied(pipe):
+        assert (picture(pipe) - plain).abs().max() > 1e-6, "by the pooled embedding alone"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_edits_come_off_bit_by_bit(made, dtype):
     pipe = tiny.stable_diffusion_xl().to(dtype)

@@ -10,6 +10,7 @@ from torch import nn
 import mediation
 from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject
 from mediation.encoding import clean_groups, encode_rows
+from mediation.hooks import hooked
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.rows import CLEAN, CORRUPTED, Intervention
 from mediation.sampling import Sampling, sample_rows
@@ -114,6 +115,18 @@ def test_restoring_the_layer_that_is_read_restores_the_text(pipe):
         states = encode_rows(pipe, CASE, 0, [Intervention(layers)])["prompt_embeds"]
         assert rms(states[CORRUPTED], states[CLEAN]) > 1e-3
         torch.testing.assert_close(states[2], states[CLEAN])
+
+
+def test_of_a_text_encoder_the_layers_that_are_read_change_the_text_and_the_others_nothing(pipe):
+    family = family_of(pipe)
+    plain = family.encode(pipe, ["a cat"])
+    for encoder in tokenizers_of(pipe):
+        layers = mediation.sites(pipe, network=encoder, component="block")
+        for layer in layers:
+            with hooked([(layer.module(pipe), lambda states: states + torch.linspace(-1, 1, states.shape[-1]))]):
+                changed = family.encode(pipe, ["a cat"])
+            moved = any(not torch.equal(changed[name], plain[name]) for name in plain)
+            assert moved == (layer.layer < len(layers) - family.n_unread_layers.get(encoder, 0)), layer.name
 
 
 def test_restoring_the_blocks_after_the_last_skip_is_the_clean_run(pipe):
