@@ -183,15 +183,17 @@ def _pair_tokens(pipe: DiffusionPipeline, request: Request, tokens: str) -> Toke
 @torch.no_grad()
 def _read(pipe: DiffusionPipeline, pairs: TokenPairs) -> tuple[torch.Tensor, torch.Tensor]:
     """What the denoiser reads at source tokens and at target tokens, each (pair, d_in), float64 on the CPU."""
-    states = [
-        family_of(pipe).encode(pipe, pairs.prompts[start : start + _CHUNK])["prompt_embeds"].cpu()
-        for start in range(0, len(pairs.prompts), _CHUNK)
-    ]
-    states = torch.cat(states)
-    if not torch.isfinite(states).all():
+    wanted, rows = torch.unique(torch.cat([pairs.source, pairs.target]), dim=0, return_inverse=True)
+    found = []
+    for start in range(0, len(pairs.prompts), _CHUNK):
+        states = family_of(pipe).encode(pipe, pairs.prompts[start : start + _CHUNK])["prompt_embeds"]
+        here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)]
+        found.append(states[here[:, 0] - start, here[:, 1]].cpu().double())
+    tokens = torch.cat(found)
+    if not torch.isfinite(tokens).all():
         raise ValueError("the text encoders give values that are not finite: check weights and dtype")
-    source, target = (states[tokens[:, 0], tokens[:, 1]].double() for tokens in (pairs.source, pairs.target))
-    return source, target
+    keys, target_keys = tokens[rows].split([len(pairs.source), len(pairs.target)])
+    return keys, target_keys
 
 
 def _together(matrices: Mapping[str, nn.Linear]) -> torch.Tensor:

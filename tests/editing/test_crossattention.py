@@ -1,11 +1,14 @@
 """UCE, LocoEdit and TIME on a tiny SD 1.x: their results against the papers' formula, and what they must refuse."""
 
+import weakref
+
 import numpy
 import pytest
 import torch
 
 import editing
 from editing import crossattention
+from mediation.families import StableDiffusion
 from mediation.sites import sites
 
 N_LAYERS = 16
@@ -144,6 +147,25 @@ def test_it_is_saved_and_reverted_as_any_edit(fresh_pipe, tmp_path):
         changed = [n for n, value in fresh_pipe.unet.state_dict().items() if not torch.equal(value, before[n])]
     assert [f"unet.{name}" for name in changed] == list(edit.updates)
     assert all(torch.equal(value, before[name]) for name, value in fresh_pipe.unet.state_dict().items())
+
+
+def test_of_a_chunk_of_prompts_only_the_tokens_in_question_are_kept(tiny_pipe, monkeypatch):
+    pairs = {"ink": "noto", "cat": "dog", "bird": "red"}
+    whole = editing.cross_attention_edit(tiny_pipe, pairs, tokens="last_subject")
+    encode, chunks = StableDiffusion.encode, []
+
+    def watched(pipe, prompts):
+        assert sum(states() is not None for states in chunks) <= 1, "the one before"
+        found = encode(pipe, prompts)
+        chunks.append(weakref.ref(found["prompt_embeds"]))
+        return found
+
+    monkeypatch.setattr(StableDiffusion, "encode", staticmethod(watched))
+    monkeypatch.setattr(crossattention, "_CHUNK", 1)
+    edit = editing.cross_attention_edit(tiny_pipe, pairs, tokens="last_subject")
+    assert len(chunks) == 6
+    for name, update in whole.updates.items():
+        torch.testing.assert_close(edit.updates[name].dense(), update.dense(), rtol=0, atol=1e-5)
 
 
 def test_encoders_that_split_words_differently_are_refused(tiny_pipe, monkeypatch):
