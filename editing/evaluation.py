@@ -16,6 +16,7 @@ from editing.suites import Suite, Trial
 from mediation import bundled
 from mediation.cases import Case
 from mediation.metrics import LPIPS, ClassProbability, CLIPScore
+from mediation.parameters import digest
 from mediation.pipelines import family_of, quiet
 from mediation.provenance import provenance
 
@@ -54,8 +55,8 @@ def evaluate(
         guidance_scale: of classifier-free guidance.
         batch_size: pictures drawn together; it changes them in their last digits.
         keep_images: keeps pictures and final latents in the result, for `plot_sheet` and for `unedited`.
-        unedited: an earlier result with images for the same pipeline, suite, seeds and sampling; its unedited pictures
-            are taken over, with all that was said of them, and not drawn again.
+        unedited: an earlier result with images for the same suite, seeds, sampling and weights, of which reports have a
+            digest; its unedited pictures are taken over, with all that was said of them, and not drawn again.
         progress: shows a progress bar in interactive runs.
 
     Returns:
@@ -246,6 +247,7 @@ def _attrs(edits: Mapping[str, Edit], sampling: Mapping, pipe: DiffusionPipeline
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "edits": json.dumps(origins, ensure_ascii=False),
+        "weights": digest(pipe),
         "provenance": json.dumps(provenance(pipe)),
     }
 

@@ -174,6 +174,22 @@ def mismatch(weight: torch.Tensor, expected: dict) -> str | None:
     return None
 
 
+def digest(pipe: DiffusionPipeline) -> str:
+    """A name for all weights of a pipeline together, in hexadecimal: what they are called, their dtypes, sums of bits.
+
+    The sums take one pass over the weights, where they are: much less than a step of sampling. They tell of any weight
+    that changes, however little; but weights that trade places in one parameter go unnoticed.
+    """
+    running, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for part, network in sorted(pipe.components.items()):
+        for name, tensor in network.state_dict().items() if isinstance(network, nn.Module) else ():
+            flat = tensor.detach().reshape(-1)
+            # What is offloaded layer by layer has a name and a shape only.
+            total = "" if tensor.is_meta else int(flat.view(integers[flat.element_size()]).sum())
+            running.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)} {total}\n".encode())
+    return running.hexdigest()
+
+
 def sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's values in memory, in hexadecimal."""
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -186,6 +186,16 @@ def test_unedited_pictures_of_something_else_are_refused(tiny_pipe, edits, repor
         again(tiny_pipe, edits["one"], report.drop_vars("target_score"))
 
 
+@pytest.mark.parametrize("network", ["text_encoder", "unet", "vae"])
+def test_unedited_pictures_of_other_weights_are_refused(fresh_pipe, edits, report, monkeypatch, network):
+    parameter = list(getattr(fresh_pipe, network).parameters())[-1]
+    with torch.no_grad():
+        parameter[-1] = torch.nextafter(parameter[-1], torch.tensor(torch.inf))
+    monkeypatch.setattr(fresh_pipe.unet, "forward", lambda *_, **__: pytest.fail("the U-Net ran"))
+    with pytest.raises(ValueError, match="of other pictures: it differs in weights"):
+        again(fresh_pipe, edits["one"], report)
+
+
 def test_a_report_may_know_more_of_unedited_pictures_than_is_asked(tiny_pipe, edits, report):
     found = again(tiny_pipe, edits["one"], report, scorer=None)
     assert "source_score" in report

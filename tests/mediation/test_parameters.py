@@ -1,9 +1,10 @@
 """Parameters: which ones a user means, what site they are part of, and what they are called in files."""
 
 import pytest
+import torch
 
 import mediation
-from mediation.parameters import canonical, choose, native
+from mediation.parameters import canonical, choose, digest, native
 from tests import tiny
 
 
@@ -56,6 +57,20 @@ def test_what_is_in_no_site_is_told_by_its_module(tiny_pipe):
     assert [site.component for site in found.values()] == ["feed_forward", "feed_forward", "other", "other"]
     (other,) = {site for site in found.values() if site.component == "other"}
     assert (other.name, other.network, other.layer, other.path) == ("unet.conv_in.other", "unet", -1, "conv_in")
+
+
+def test_a_digest_is_of_every_weight_and_of_nothing_else(fresh_pipe):
+    plain = digest(fresh_pipe)
+    assert plain == digest(tiny.stable_diffusion())
+    assert plain != digest(tiny.stable_diffusion(seed=1))
+    for network in (fresh_pipe.text_encoder, fresh_pipe.unet, fresh_pipe.vae):
+        weight = next(network.parameters()).detach()
+        before = weight.clone()
+        weight.view(-1)[3] = torch.nextafter(before.view(-1)[3], torch.tensor(0.0))
+        assert digest(fresh_pipe) != plain, "by the last bit of one weight"
+        weight.copy_(before)
+        assert digest(fresh_pipe) == plain
+    assert digest(fresh_pipe.to(torch.bfloat16)) != plain
 
 
 def test_mistakes(tiny_pipe):
