@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy
@@ -72,8 +73,8 @@ def evaluate(
         What has no classifier or scorer is left out. `summarize_evaluation` has intervals.
 
     Raises:
-        ValueError: if a trial's factor has no classifier, or a classifier does not know its labels, or names clash, or
-            `unedited` was made for something else.
+        ValueError: if there are no seeds or one is there twice, or a trial's factor has no classifier, or a classifier
+            does not know its labels, or names clash, or `unedited` was made for something else.
 
     Example:
         >>> import editing, mediation
@@ -88,7 +89,7 @@ def evaluate(
     edits = {"edited": edit} if isinstance(edit, Edit) else dict(edit)
     if not edits or UNEDITED in edits:
         raise ValueError(f"name at least one edit, and none {UNEDITED!r}; got {list(edits)}")
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = _checked_seeds(seeds)
     if bundled.is_bundled(pipe):
         factors = {trial.factor for trial in trials if trial.factor}
         classifiers = classifiers or {factor: bundled.attribute_probability(factor) for factor in factors} or None
@@ -127,6 +128,14 @@ def evaluate(
         columns = {name: values for name, values in columns.items() if name not in ("latents", "images")}
     coords |= {"model": [UNEDITED, *edits], "noise_seed": (("trial", "seed"), noise_seeds)}
     return _dataset(columns, coords, attrs)
+
+
+def _checked_seeds(seeds: int | Sequence[int]) -> list[int]:
+    chosen = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    sound = all(isinstance(seed, numbers.Integral) and seed >= 0 for seed in chosen)
+    if not (chosen and sound and len(set(chosen)) == len(chosen)):
+        raise ValueError(f"seeds are integers from 0 up, at least one and each once; got {seeds!r}")
+    return [int(seed) for seed in chosen]
 
 
 def _noise_seed(seed: int, place: int) -> int:

@@ -238,6 +238,10 @@ def labels(factor):
         ({"edit": {}}, "name at least one edit"),
         ({"edit": {"unedited": None}}, "none 'unedited'"),
         ({"suite": []}, "at least one trial"),
+        ({"seeds": []}, r"integers from 0 up, at least one and each once; got \[\]"),
+        ({"seeds": [3, 4, 3]}, "each once"),
+        ({"seeds": [-1]}, "from 0 up"),
+        ({"seeds": 0.5}, "seeds are integers"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(tiny_pipe, edits, arguments, message, monkeypatch):
