@@ -76,7 +76,8 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
             raise ValueError(f"{path} is incomplete: of {name} it has {' and '.join(sorted(found))} only")
         if found["down"].ndim != 2 or found["up"].ndim != 2:
             raise ValueError(f"{path} changes {name} by a convolution, not by a matrix")
-        rank = len(found["down"])
+        if not (rank := len(found["down"])):
+            raise ValueError(f"{path} changes {name} by factors of rank 0, which is no change")
         updates[name] = LowRank(found["up"] * (float(found.get("alpha", rank)) / rank), found["down"])
     if not updates:
         raise ValueError(f"{path} is no LoRA file: it is empty")

@@ -142,6 +142,10 @@ def test_a_foreign_file_is_scaled_by_alpha_over_rank(tmp_path, tiny_pipe):
         ({f"{LAYER}.dora_scale": torch.ones(1)}, "dora_scale', which is no part of a plain LoRA"),
         ({}, "is no LoRA file: it is empty"),
         (
+            {f"{LAYER}.lora_A.weight": torch.ones(0, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 0)},
+            "out_proj.weight by factors of rank 0",
+        ),
+        (
             {f"{LAYER}.lora_A.weight": torch.ones(1, 32, 1, 1), f"{LAYER}.lora_B.weight": torch.ones(32, 1, 1, 1)},
             "by a convolution",
         ),
