@@ -140,10 +140,12 @@ def _cross_attentions(pipe: DiffusionPipeline, layers: Sequence[int | Site | str
         return every
     if isinstance(layers, int | Site | str):
         layers = [layers]
+    named = []
     for layer in layers:
-        if isinstance(layer, int) and layer not in range(len(every)):
+        is_number = isinstance(layer, int) and not isinstance(layer, bool)
+        if is_number and layer not in range(len(every)):
             raise ValueError(f"cross-attention layers are numbered 0 to {len(every) - 1} here, got {layer}")
-    named = [every[layer] if isinstance(layer, int) else layer for layer in layers]
+        named.append(every[layer] if is_number else layer)
     chosen = [site for group in resolve(pipe, named) for site in group]
     for site in chosen:
         if site not in every:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -149,7 +150,8 @@ class Edit:
         """The nearest edit of at most this rank in every parameter; its report tells what is lost.
 
         Raises:
-            ValueError: if `rank` is not positive, or a change has no low-rank factors.
+            TypeError: if `rank` is no integer.
+            ValueError: if it is not positive, or a change has no low-rank factors.
 
         Example:
             >>> import editing, mediation
@@ -157,6 +159,8 @@ class Edit:
             >>> edit.compress(1)
             <Edit by compressed: 1 parameter, rank 1>
         """
+        if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
+            raise TypeError(f"the rank must be an integer, got {rank!r}")
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
         for name, update in self.updates.items():
@@ -168,7 +172,7 @@ class Edit:
         for name, update in self.updates.items():
             lost, norm = (update + updates[name].scaled(-1)).norm(), update.norm()
             parameters[name]["relative_error"] = lost / norm if norm else 0.0
-        metadata = {"method": "compressed", "rank": rank, "of": [self._origin()], "base": base}
+        metadata = {"method": "compressed", "rank": int(rank), "of": [self._origin()], "base": base}
         return Edit(updates, {"parameters": parameters}, metadata)
 
     def __add__(self, other: "Edit") -> "Edit":

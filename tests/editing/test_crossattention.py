@@ -190,6 +190,7 @@ def test_encoders_that_split_words_differently_are_refused(tiny_pipe, monkeypatc
         ({"method": "erase"}, ValueError, "method must be one of uce, loco, time; got 'erase'"),
         ({"method": "loco"}, ValueError, 'method="loco" edits few layers: pass their numbers'),
         ({"layers": [16]}, ValueError, "numbered 0 to 15 here, got 16"),
+        ({"layers": [True]}, TypeError, "sites are Site objects or names, got bool"),
         ({"layers": [3, 3]}, ValueError, r"unet.down.1.1.cross_attention was given twice"),
         ({"layers": []}, ValueError, "no sites were given"),
         ({"layers": ["unet.mid.0.self_attention"]}, ValueError, "must be whole cross-attentions of the denoiser"),

@@ -357,6 +357,9 @@ def test_a_compressed_edit_tells_what_it_lost(tiny_pipe):
         assert whole.report["parameters"][name]["relative_error"] < 1e-6
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         edit.compress(0)
+    for rank in (2.5, True, "1"):
+        with pytest.raises(TypeError, match=f"rank must be an integer, got {rank!r}"):
+            edit.compress(rank)
 
 
 def test_an_edit_is_a_value(tiny_pipe):
