@@ -93,7 +93,12 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
 
     def meet(goal: Goal, here: _Place, there: _Place) -> list[tuple[int, int]]:
         if goal.is_prompt:
-            n_tokens = min(len(located[texts[here.prompt]].ids), tokenizer.model_max_length)
+            n_tokens, window = len(located[texts[here.prompt]].ids), tokenizer.model_max_length
+            if n_tokens > window:
+                raise ValueError(
+                    f"the prompt {goal.source!r} cannot be preserved as a whole: it has {n_tokens} tokens, and the text"
+                    f" encoder's window holds {window}; shorten it"
+                )
             return [(position, position) for position in range(n_tokens)]
         if not goal.target:
             return [(position, position) for position in _positions(layout(here), tokens)]

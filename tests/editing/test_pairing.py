@@ -120,9 +120,11 @@ def test_a_preserved_prompt_keeps_all_its_tokens_but_padding(tiny_pipe):
     assert found.folds.tolist() == [0, 1, 0, 1] + [-1] * 7
 
 
-def test_a_preserved_prompt_is_cut_as_the_window_cuts_it(tiny_pipe):
-    found = pairs_of(tiny_pipe, {"ink": "cat"}, preserve=[Prompt("a " * 100)])
+def test_a_preserved_prompt_may_fill_the_window_and_not_exceed_it(tiny_pipe):
+    found = pairs_of(tiny_pipe, {"ink": "cat"}, preserve=[Prompt("a " * 75)])
     assert positions(found)[1:] == [(i, i) for i in range(77)]
+    with pytest.raises(ValueError, match=r"cannot be preserved as a whole: it has 78 tokens, and .* window holds 77"):
+        pairs_of(tiny_pipe, {"ink": "cat"}, preserve=[Prompt("a " * 76)])
 
 
 @pytest.mark.parametrize("tokens", ["last_subject", "all"])
