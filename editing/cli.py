@@ -6,13 +6,11 @@ import operator
 import pathlib
 from typing import Annotated
 
-import matplotlib.figure
-import matplotlib.pyplot
 import typer
-import xarray
 
 import editing
 import mediation
+from editing.evaluatecli import evaluate
 from editing.steercli import steer
 from editing.updates import describe_extent
 from mediation.commands import add_command, new_app
@@ -184,46 +182,7 @@ def export(
     typer.echo(f"{chosen!r} is in {output}, for {format}")
 
 
-@_command
-def evaluate(
-    edit: _Edit,
-    output: Annotated[pathlib.Path, typer.Option(help="Folder for the report and pictures.")] = pathlib.Path("report"),
-    suite: Annotated[
-        pathlib.Path | None, typer.Option(help="CSV or JSON; without it, one for Emoji Diffusion.")
-    ] = None,
-    pipeline: _Pipeline = None,
-    n: Annotated[int, typer.Option(help="Prompts of each role, without a suite.")] = 20,
-    seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
-    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
-    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; needs the extra lpips.")] = False,
-    as_json: _Json = False,
-) -> None:
-    """Draw a suite of prompts without and with an edit, and judge the pictures.
-
-    Example: editing evaluate ink.safetensors --n 2 --steps 2 --guidance-scale 4 --output report
-    """
-    distance = mediation.LPIPS() if lpips else None
-    loaded = editing.load(edit)
-    if suite is None and (pipeline is not None or "pairs" not in loaded.metadata):
-        raise ValueError("only edits of Emoji Diffusion that tell their pairs have a suite of their own: pass --suite")
-    trials = editing.Suite.read(suite) if suite else editing.emoji_suite(loaded.metadata["pairs"], n=n)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "lpips": distance}
-    pipe = mediation.load_pipeline(pipeline)
-    report = editing.evaluate(pipe, loaded, trials, seeds=list(seed), keep_images=True, **options)
-    summary = editing.summarize_evaluation(report)
-    output.mkdir(parents=True, exist_ok=True)
-    trials.save(output / "suite.csv")
-    report.drop_vars(["images", "latents"]).to_netcdf(output / "report.nc", engine="scipy")
-    summary.to_netcdf(output / "summary.nc", engine="scipy")
-    _save(editing.plot_sheet(report), output / "sheet.png")
-    if "is_source" in report:
-        _save(editing.plot_evaluation(report).figure, output / "accuracies.png")
-    if as_json:
-        typer.echo(summary.to_dataframe().reset_index().to_json(orient="records"))
-        return
-    typer.echo(_table(summary))
-    typer.echo(f"saved in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+_command(evaluate)
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -247,11 +206,6 @@ def _lambda(text: str) -> float | str | editing.Relative:
         raise ValueError(f'regularization is a number above 0, "auto", or "relative:0.1"; got {text!r}') from error
 
 
-def _save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=150)
-    matplotlib.pyplot.close(figure)
-
-
 def _scaled(edit: editing.Edit, scale: float) -> editing.Edit:
     return edit if scale == 1.0 else edit.scaled(scale)
 
@@ -273,19 +227,3 @@ def _print_outcome(edit: editing.Edit) -> None:
     for entry in edit.report.get("interference", ()):
         kept = entry.get("concept", entry.get("prompt"))
         typer.echo(f"  {entry['network']}, {kept!r} preserved: values change by {entry['change']:.2%}")
-
-
-def _table(summary: xarray.Dataset) -> str:
-    models = summary.model.values.tolist()
-    lines = [f"{'role':<12} {'measure':<16}" + "".join(f"{model:>28}" for model in models)]
-    for role in summary.role.values:
-        for measure in summary.measure.values:
-            cells = summary.sel(role=role, measure=measure)
-            if (cells.n == 0).all():
-                continue
-            by_model = (cells.sel(model=model) for model in models)
-            values = (f"{float(cell['mean']):.3g} [{float(cell.low):.3g}, {float(cell.high):.3g}]" for cell in by_model)
-            lines.append(f"{role:<12} {measure:<16}" + "".join(f"{value:>28}" for value in values))
-    if "h0" in summary:
-        lines.append(f"{'all':<12} {'h0':<16}" + "".join(f"{float(value):>28.3g}" for value in summary.h0))
-    return "\n".join(lines)

@@ -110,9 +110,10 @@ class Suite:
                 `Trial`, of which prompt and role are needed; or, with `pairs`, it has a prompt and one or more of
                 style, theme, artist, object, class and label, as lists of prompts for UnlearnCanvas or Imagenette
                 have, and may have others, which are ignored. A prompt that is there for several seeds is one trial.
-            pairs: source concept -> target concept. Rows with the label of a source are then efficacy trials, and all
-                others specificity trials, judged by the same column. Case does not matter, and "_" is a space. The
-                target prompt is that of a column target_prompt, or the prompt with the target in the source's place.
+            pairs: source concept -> target concept, for a file that has no column role. Rows with the label of a source
+                are then efficacy trials, and all others specificity trials, judged by the same column. Case does not
+                matter, and "_" is a space. The target prompt is that of a column target_prompt, or the prompt with the
+                target in the source's place.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -128,7 +129,7 @@ class Suite:
             ['efficacy', 'specificity']
         """
         rows = _rows(path)
-        if pairs is not None:
+        if pairs is not None and not any("role" in row for row in rows):
             return cls(_labelled(rows, pairs, path))
         fields = {field.name for field in dataclasses.fields(Trial)}
         for row in rows:

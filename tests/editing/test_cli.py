@@ -119,6 +119,21 @@ def test_json_is_for_machines(ink, tmp_path):
     assert row["low"] is None
 
 
+def test_a_list_of_labelled_prompts_is_read_by_the_pairs_of_the_edit(ink, tmp_path):
+    """Of whatever the edit was made of, too; a file that tells roles needs no pairs."""
+    (tmp_path / "list.csv").write_text("prompt,style\na cat in the style of ink,ink\na cat in the style of flat,flat\n")
+    editing.load(ink).scaled(0.5).save(tmp_path / "half.safetensors")
+    run("evaluate", tmp_path / "half.safetensors", "--suite", tmp_path / "list.csv", "--steps", 1, "--output", tmp_path)
+    suite = editing.Suite.read(tmp_path / "suite.csv", pairs={"other": "words"})
+    assert [(trial.role, trial.target_prompt, trial.target) for trial in suite] == [
+        ("efficacy", "a cat in the style of noto", "noto"),
+        ("specificity", "a cat in the style of flat", "flat"),
+    ]
+    refused = CliRunner().invoke(app, ["evaluate", str(ink), "--suite", str(tmp_path / "list.csv"), "--n", "3"])
+    assert refused.exit_code == 1
+    assert "leave one of them out" in " ".join(refused.output.split())
+
+
 def test_edits_are_added_scaled_and_compressed(ink, tmp_path):
     result = run("apply", ink, ink, "--scale", 0.25, "--output", tmp_path / "folder")
     assert result.exit_code == 0
