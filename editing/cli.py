@@ -26,6 +26,9 @@ _Preserve = Annotated[list[str], typer.Option(help="A concept that keeps its mea
 _Prompts = Annotated[list[str], typer.Option(help="A whole prompt that keeps its meaning, likewise.")]
 _Templates = Annotated[list[str], typer.Option(help='A text with one "{}" that concepts are put through, likewise.')]
 _Lambda = Annotated[str | None, typer.Option(help='A number, "auto", or "relative:0.1" in units of the keys.')]
+_Weights = Annotated[
+    list[str], typer.Option(metavar="CONCEPT=NUMBER", help="How much a concept counts; 1 if not given. Likewise.")
+]
 _Attribution = Annotated[pathlib.Path, typer.Argument(help="Scores that `mediation attribute` wrote.")]
 _Ratio = Annotated[float, typer.Option(help="Share of the weights; at least one of each group is taken.")]
 _Per = Annotated[str, typer.Option(help="Group that the share is of: row, matrix or model.")]
@@ -48,6 +51,7 @@ def quickfix(
     regularization: _Lambda = None,
     tokens: Annotated[str, typer.Option(help="last_subject, subject, from_subject or all.")] = "last_subject",
     site: Annotated[list[str], typer.Option(help="Site of a text encoder; without it, its first attention.")] = (),
+    weight: _Weights = (),
 ) -> None:
     """Make a text encoder read concepts as others (Diff-QuickFix).
 
@@ -61,6 +65,7 @@ def quickfix(
         regularization=0.01 if regularization is None else _lambda(regularization),
         tokens=tokens,
         site=site or None,
+        weights=_weights(weight),
     )
     _finish(edit, output)
 
@@ -70,12 +75,16 @@ def cross_attention(
     pairs: _Pairs,
     output: _Output = pathlib.Path("edit.safetensors"),
     method: Annotated[str, typer.Option(help="uce, loco or time.")] = "uce",
-    layer: Annotated[list[int], typer.Option(help="Number of a cross-attention; without it, all; loco needs it.")] = (),
+    layer: Annotated[
+        list[str], typer.Option(help="Number or name of a cross-attention; without it, all; loco needs it.")
+    ] = (),
     pipeline: _Pipeline = None,
     preserve: _Preserve = (),
     preserve_prompt: _Prompts = (),
     template: _Templates = (),
     regularization: _Lambda = None,
+    tokens: Annotated[str | None, typer.Option(help="As for quickfix; without it, the method's.")] = None,
+    weight: _Weights = (),
 ) -> None:
     """Make cross-attentions read concepts as others, or, without a target, as nothing (UCE, LocoEdit, TIME).
 
@@ -85,10 +94,12 @@ def cross_attention(
         mediation.load_pipeline(pipeline),
         _pairs(pairs),
         method=method,
-        layers=list(layer) or None,
+        layers=[int(one) if one.isdecimal() else one for one in layer] or None,
         templates=template or None,
         preserve=[*preserve, *map(editing.Prompt, preserve_prompt)],
         regularization=None if regularization is None else _lambda(regularization),
+        tokens=tokens,
+        weights=_weights(weight),
     )
     _finish(edit, output)
 
@@ -195,6 +206,19 @@ def _pairs(texts: list[str]) -> dict[str, str]:
             raise ValueError(f"the source {source!r} was given twice")
         pairs[source] = target
     return pairs
+
+
+def _weights(texts: list[str]) -> dict[str, float]:
+    weights = {}
+    for text in texts:
+        concept, sign, number = text.rpartition("=")
+        if not sign or concept in weights:
+            raise ValueError(f'expected one "concept=number" for each weight, got {", ".join(texts)}')
+        try:
+            weights[concept] = float(number)
+        except ValueError as error:
+            raise ValueError(f"the weight of {concept!r} must be a number, got {number!r}") from error
+    return weights
 
 
 def _lambda(text: str) -> float | str | editing.Relative:

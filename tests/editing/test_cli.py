@@ -146,6 +146,26 @@ def test_edits_are_added_scaled_and_compressed(ink, tmp_path):
     assert only(editing.import_lora(tmp_path / "lora.safetensors", pipe).updates).rank == 1
 
 
+def test_options_are_those_of_the_functions(tmp_path):
+    options = ["--weight", "ink=2", "--weight", "cat=0.5", "--preserve", "cat", "--tokens", "subject", "--output"]
+    run("quickfix", "ink=noto", *options, tmp_path / "a.safetensors")
+    layers = ["--method", "loco", "--layer", "1", "--layer", "unet.mid.0.cross_attention"]
+    run("cross-attention", "ink=noto", *layers, *options, tmp_path / "b.safetensors")
+    pipe, same = mediation.load_pipeline(), {"weights": {"ink": 2.0, "cat": 0.5}, "preserve": ["cat"]}
+    layers = [1, "unet.mid.0.cross_attention"]
+    for name, made in (
+        ("a", editing.quickfix(pipe, {"ink": "noto"}, tokens="subject", **same)),
+        (
+            "b",
+            editing.cross_attention_edit(pipe, {"ink": "noto"}, method="loco", layers=layers, tokens="subject", **same),
+        ),
+    ):
+        found = editing.load(tmp_path / f"{name}.safetensors")
+        assert found.metadata == made.metadata
+        assert found.metadata["weights"] == same["weights"]
+        assert all(torch.equal(found.updates[key].dense(), update.dense()) for key, update in made.updates.items())
+
+
 def test_pairs_and_lambdas_are_read():
     assert _pairs(["ink=noto", "a cat=", "x=y=z"]) == {"ink": "noto", "a cat": "", "x": "y=z"}
     assert (_lambda("0.5"), _lambda("auto"), _lambda("relative:0.1")) == (0.5, "auto", editing.Relative(0.1))
@@ -156,6 +176,9 @@ def test_pairs_and_lambdas_are_read():
     [
         (["quickfix", "ink"], "expected \"source=target\", got 'ink'"),
         (["quickfix", "ink=noto", "ink=flat"], "the source 'ink' was given twice"),
+        (["quickfix", "ink=noto", "--weight", "2"], 'expected one "concept=number" for each weight, got 2'),
+        (["quickfix", "ink=noto", "--weight", "ink=much"], "the weight of 'ink' must be a number, got 'much'"),
+        (["cross-attention", "ink=noto", "--layer", "unet.mid"], "no site 'unet.mid'"),
         (["quickfix", "ink=noto", "--regularization", "strong"], "or \"relative:0.1\"; got 'strong'"),
         (["quickfix", "ink=noto", "--site", "text_encoder.99.mlp"], "no site 'text_encoder.99.mlp'"),
         (["show", "missing.safetensors"], "missing.safetensors"),
