@@ -54,8 +54,8 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
     inputs = read_inputs(pipe, site, pairs.ids, wanted)
     if not torch.isfinite(inputs).all():
         raise ValueError(f"{site.network} gives values that are not finite before {site.name}: check weights and dtype")
-    keys, target_keys = inputs[rows].chunk(2)
-    values = target_keys @ weight.T
+    keys, targets = inputs[rows].split([len(pairs.source), len(pairs.target)])
+    values = pairs.averaged(targets) @ weight.T
     residuals = values[: pairs.n_edited] - keys[: pairs.n_edited] @ weight.T
     return Associations(pairs, keys, values, residuals)
 

@@ -246,7 +246,10 @@ def _print_outcome(edit: editing.Edit) -> None:
         before, predicted = (f"{objective[when]:.4g}" for when in ("before", "predicted"))
         typer.echo(f"  {share} set to 0: objective {before} before, {predicted} predicted after")
     for entry in edit.report.get("residual", ()):
-        pair = f"{entry['source']} -> {entry['target'] or 'nothing'}"
+        target = entry["target"] or "nothing"
+        if not isinstance(target, str):
+            target = ", ".join(f"{share:.0%} {one}" for one, share in target.items())
+        pair = f"{entry['source']} -> {target}"
         typer.echo(f"  {entry['network']}, {pair}: residual {entry['before']:.2f} before, {entry['after']:.2f} after")
     for entry in edit.report.get("interference", ()):
         kept = entry.get("concept", entry.get("prompt"))

@@ -1,6 +1,7 @@
 """What an edit is asked for: source and target concepts, what to preserve, templates and weights."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,14 +33,22 @@ class Prompt:
         object.__setattr__(self, "weight", _weight(self.text, self.weight))
 
 
+Target = str | dict[str, float]
+
+
 class Goal(NamedTuple):
-    """One concept that is to be read as another; what is preserved is to be read as itself."""
+    """One concept that is to be read as another, or as the mean of several; what is preserved, as itself."""
 
     source: str
-    target: str
+    shares: dict[str, float]  # of each target in what the source is to be read as; they sum up to 1
     weight: float
     is_edited: bool = False
     is_prompt: bool = False  # and goes through no template
+
+    @property
+    def target(self) -> "Target":
+        """The target, or several with their shares, as in a request."""
+        return next(iter(self.shares)) if len(self.shares) == 1 else self.shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +56,14 @@ class Request:
     """Concepts, and the templates they are put through; building one checks it.
 
     Attributes:
-        pairs: source concept -> target concept; "" erases the source.
+        pairs: source concept -> target concept, or several with their shares; "" erases the source.
         templates: texts with one "{}" each.
         preserve: concepts that keep their meaning.
         prompts: whole prompts that keep theirs.
         weights: concept, edited or preserved -> weight of each of its keys; 1 where absent.
     """
 
-    pairs: dict[str, str]
+    pairs: dict[str, Target]
     templates: tuple[str, ...]
     preserve: tuple[str, ...]
     prompts: tuple[Prompt, ...]
@@ -63,14 +72,14 @@ class Request:
     @classmethod
     def of(
         cls,
-        pairs: Mapping[str, str],
+        pairs: Mapping[str, str | Iterable[str] | Mapping[str, float]],
         templates: Iterable[str] | None,
         preserve: Iterable[str | Prompt],
         weights: Mapping[str, float] | None,
         *,
-        erasable: bool = False,
+        any_target: bool = False,
     ) -> "Request":
-        """Builds a request from what a user passes; if `erasable`, a target may be empty.
+        """Builds a request from what a user passes; with `any_target`, a target may be empty, or be several.
 
         Raises:
             TypeError: if something is of another kind than documented.
@@ -87,10 +96,8 @@ class Request:
                 raise TypeError(f"{what} must be a mapping such as {example}, got {type(mapping).__name__}")
         if not pairs:
             raise ValueError('no concept to edit was given: pass pairs such as {"ink": "noto"}')
-        edited = {
-            _concept(source, "a source"): "" if erasable and target == "" else _concept(target, "a target")
-            for source, target in pairs.items()
-        }
+        read = _any_target if any_target else functools.partial(_concept, what="a target")
+        edited = {_concept(source, "a source"): read(target) for source, target in pairs.items()}
         if len(edited) < len(pairs):
             raise ValueError(f"a source concept was given twice: {', '.join(map(repr, pairs))}")
         kept = _texts(preserve, "preserve")
@@ -120,11 +127,12 @@ class Request:
     def goals(self) -> Iterator[Goal]:
         """The edited concepts in the order given, then the preserved ones, then the preserved prompts."""
         for source, target in self.pairs.items():
-            yield Goal(source, target, self.weights.get(source, 1.0), is_edited=True)
+            shares = {target: 1.0} if isinstance(target, str) else target
+            yield Goal(source, shares, self.weights.get(source, 1.0), is_edited=True)
         for concept in self.preserve:
-            yield Goal(concept, concept, self.weights.get(concept, 1.0))
+            yield Goal(concept, {concept: 1.0}, self.weights.get(concept, 1.0))
         for prompt in self.prompts:
-            yield Goal(prompt.text, prompt.text, prompt.weight, is_prompt=True)
+            yield Goal(prompt.text, {prompt.text: 1.0}, prompt.weight, is_prompt=True)
 
     def describe(self) -> dict:
         """The request as plain JSON, for an edit's metadata."""
@@ -169,6 +177,18 @@ def _concept(text: str, what: str) -> str:
     if not text.strip():
         raise ValueError(f"{what} is empty: name a concept in words")
     return text.strip()
+
+
+def _any_target(target: str | Iterable[str] | Mapping[str, float]) -> Target:
+    """One target, which may be empty, or several with shares that sum up to 1."""
+    if isinstance(target, str) or not isinstance(target, Iterable):
+        return target if target == "" else _concept(target, "a target")
+    named = list(target.items() if isinstance(target, Mapping) else ((one, 1.0) for one in target))
+    weights = {_concept(concept, "a target"): _weight(concept, weight) for concept, weight in named}
+    if len(weights) < len(named) or not named:
+        raise ValueError(f"several targets are given once each, and at least one; got {target!r}")
+    total = sum(weights.values())
+    return next(iter(weights)) if len(weights) == 1 else {one: weight / total for one, weight in weights.items()}
 
 
 def _texts(texts: Iterable, what: str) -> tuple:

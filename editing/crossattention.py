@@ -43,7 +43,7 @@ _METHODS = {
 
 def cross_attention_edit(
     pipe: DiffusionPipeline,
-    pairs: Mapping[str, str],
+    pairs: Mapping[str, str | Iterable[str] | Mapping[str, float]],
     *,
     method: str = "uce",
     preserve: Iterable[str | Prompt] = (),
@@ -66,7 +66,9 @@ def cross_attention_edit(
     Args:
         pipe: a pipeline whose denoiser has cross-attentions; its text encoders run once over the prompts.
         pairs: source concept -> target concept. The target "" erases: the source's tokens are read as those of the
-            empty prompt at the same positions. A broader target ("art" for an artist) moderates.
+            empty prompt at the same positions. A broader target ("art" for an artist) moderates. Several targets, as
+            {"doctor": ["man doctor", "woman doctor"]}, debias (UCE): the source is read as their mean, or, with shares
+            as {"man doctor": 1, "woman doctor": 2}, as their weighted mean.
         method: "uce" edits the last token of each concept and all later ones, with lambda 0.5; "loco" the last token,
             in given layers, with lambda 0.01; "time" aligns the whole windows, with lambda 0.1.
         preserve: what is to be read as before: concepts, put through the templates, or `Prompt(text)`.
@@ -100,7 +102,7 @@ def cross_attention_edit(
     defaults = _METHODS[method]
     if defaults.needs_layers and layers is None:
         raise ValueError(f'method="{method}" edits few layers: pass their numbers, or the sites that a trace found')
-    request = Request.of(pairs, ("{}",) if templates is None else templates, preserve, weights, erasable=True)
+    request = Request.of(pairs, ("{}",) if templates is None else templates, preserve, weights, any_target=True)
     regularization = defaults.regularization if regularization is None else regularization
     chosen = _cross_attentions(pipe, layers)
     token_pairs = _pair_tokens(pipe, request, defaults.tokens if tokens is None else tokens)
@@ -184,7 +186,7 @@ def _pair_tokens(pipe: DiffusionPipeline, request: Request, tokens: str) -> Toke
 
 @torch.no_grad()
 def _read(pipe: DiffusionPipeline, pairs: TokenPairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the denoiser reads at source tokens and at target tokens, each (pair, d_in), float64 on the CPU."""
+    """What the denoiser reads at source tokens, and should read there, each (pair, d_in), float64 on the CPU."""
     wanted, rows = torch.unique(torch.cat([pairs.source, pairs.target]), dim=0, return_inverse=True)
     found = []
     for start in range(0, len(pairs.prompts), _CHUNK):
@@ -194,8 +196,8 @@ def _read(pipe: DiffusionPipeline, pairs: TokenPairs) -> tuple[torch.Tensor, tor
     tokens = torch.cat(found)
     if not torch.isfinite(tokens).all():
         raise ValueError("the text encoders give values that are not finite: check weights and dtype")
-    keys, target_keys = tokens[rows].split([len(pairs.source), len(pairs.target)])
-    return keys, target_keys
+    keys, targets = tokens[rows].split([len(pairs.source), len(pairs.target)])
+    return keys, pairs.averaged(targets)
 
 
 def _together(matrices: Mapping[str, nn.Linear]) -> torch.Tensor:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from editing.suites import ROLES, Suite, Trial
+from editing.suites import ROLES, Suite, Trial, check_single
 from mediation import bundled
 
 # objects that the model also knows by another name
@@ -37,13 +37,14 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
         The suite; its labels are those of the bundled probe.
 
     Raises:
-        ValueError: if a concept is unknown to the model, or a target is of another factor than its source.
+        ValueError: if a concept is unknown to the model, or a source has several targets or one of another factor.
 
     Example:
         >>> suite = emoji_suite({"ink": "noto"}, n=2)
         >>> suite.trials[0].prompt, suite.trials[0].target_prompt
         ('an umbrella in the style of ink', 'an umbrella in the style of noto')
     """
+    check_single(pairs)
     trials: dict[tuple[str, str], Trial] = {}
     for source, target in pairs.items():
         concept, wanted = _concept(source), _concept(target) if target else None

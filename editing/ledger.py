@@ -21,12 +21,12 @@ class Use(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """What a token is to be read as: as the one with `context` in the prompt `target`, which may be itself."""
+    """What a token is to be read as: as those with `contexts` in the prompts `targets`, which may be itself."""
 
     prompt: str
     position: int
-    target: str
-    context: bytes
+    targets: tuple[str, ...]
+    contexts: dict[bytes, float]  # to their shares
     is_prompt: bool  # and preserved as a whole
 
 
@@ -60,7 +60,7 @@ class Ledger:
         return Ledger(self.tokenizer, _entered(self.uses, uses, _clash), _entered(self.aims, aims, self._contradiction))
 
     def _contradiction(self, a: Aim, b: Aim) -> str | None:
-        if a.context == b.context:
+        if a.contexts == b.contexts:
             return None
         ids = self.tokenizer(a.prompt, verbose=False)["input_ids"][: a.position + 1]
         words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -72,9 +72,13 @@ class Ledger:
                 )
         return (
             f"{a.prompt!r} and {b.prompt!r} contradict each other: up to {words!r} the text encoder reads both alike,"
-            f" and cannot read on as in {a.target!r} and as in {b.target!r}. Leave out one of the concepts, or take"
-            " other templates or tokens"
+            f" and cannot read on as in {_joined(a.targets)} and as in {_joined(b.targets)}. Leave out one of the"
+            " concepts, or take other templates or tokens"
         )
+
+
+def _joined(prompts: Iterable[str]) -> str:
+    return " or ".join(map(repr, prompts))
 
 
 def contexts(ids: Sequence[int]) -> list[bytes]:

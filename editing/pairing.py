@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editing.concepts import Goal, Request, split
 from editing.ledger import Aim, Ledger, Use, contexts
-from mediation.cases import Segment, align, group_positions, located_tokens, segments
+from mediation.cases import LocatedTokens, Segment, align, group_positions, located_tokens, segments
 from mediation.pipelines import expansion, tokenizers_of
 
 TOKENS = ("last_subject", "subject", "from_subject", "all")
@@ -26,7 +25,10 @@ class TokenPairs:
         prompts: the distinct prompts that the tokens are in.
         ids: of the tokens of each prompt, first and end token included, not cut to the window.
         source: (pair, 2), index of a prompt and position in it.
-        target: (pair, 2), likewise; of a preserved token, itself.
+        target: (part, 2), likewise; of a preserved token, itself. A pair has several parts if its concept has several
+            targets, and is then to be read as their mean.
+        owners: (part,), the pair that each part belongs to.
+        shares: (part,), float64, of each part in its pair's mean.
         weights: (pair,), float64.
         folds: (pair,), number of what the encoder reads before the concept, -1 in preserved prompts. Templates that
             start alike share it: to a causal encoder, their last subject tokens are one.
@@ -39,11 +41,20 @@ class TokenPairs:
     ids: list[list[int]]
     source: torch.Tensor
     target: torch.Tensor
+    owners: torch.Tensor
+    shares: torch.Tensor
     weights: torch.Tensor
     folds: torch.Tensor
     goals: list[tuple[Goal, slice]]
     ledger: Ledger
     n_edited: int
+
+    def averaged(self, parts: torch.Tensor) -> torch.Tensor:
+        """The mean of what each pair's targets have: (part, dim) -> (pair, dim)."""
+        if len(parts) == len(self.source):
+            return parts
+        means = parts.new_zeros(len(self.source), parts.shape[1])
+        return means.index_add_(0, self.owners, self.shares.to(parts)[:, None] * parts)
 
 
 def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens: str) -> TokenPairs:
@@ -57,7 +68,8 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
             end; the first tokens of the longer concept have no partner, and are left alone. "from_subject" pairs the
             last tokens and every later position of the window, by offset. "all" pairs the whole window: what stands
             before the concepts, the concepts, what follows, end and padding, each aligned from its end. Tokens of a
-            source whose target is "" are paired with the empty prompt's tokens at the same positions.
+            source whose target is "" are paired with the empty prompt's tokens at the same positions; those of a source
+            with several targets, with the partners in all of them.
 
     Raises:
         ValueError: if `tokens` is unknown, or a concept is truncated, or what is asked for contradicts itself: as a
@@ -66,70 +78,35 @@ def pair_tokens(pipe: DiffusionPipeline, network: str, request: Request, tokens:
     if tokens not in TOKENS:
         raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
     tokenizer = tokenizers_of(pipe)[network]
-    expand = expansion(pipe, tokenizer)
-    templates = [tuple(map(expand, split(template))) for template in request.templates]
-    prompts: dict[str, int] = {}  # to their index
+    prompts, goals = _Prompts(tokenizer, expansion(pipe, tokenizer)), list(request.goals())
+    places = [prompts.place_goal(goal, request.templates) for goal in goals]
+    prompts.tokenize(concept for goal in goals for concept in (goal.source, *goal.shares))
+    ledger = Ledger(tokenizer).enter(_uses(goals, prompts.read), ())
 
-    def place(concept: str, template: tuple[str, str]) -> _Place:
-        (before, after), text = template, expand(concept)
-        # The concept is where the template put it: a search would also find the template's own words.
-        span = (len(before), len(before) + len(text))
-        return _Place(prompts.setdefault(before + text + after, len(prompts)), span)
-
-    goals = list(request.goals())
-    places: list[list[tuple[_Place, _Place]]] = []  # of the source and of what it is to be read as, for each goal
-    for goal in goals:
-        own = [("", "")] if goal.is_prompt else templates
-        places.append([(place(goal.source, t), place(goal.target, t if goal.target else ("", ""))) for t in own])
-    concepts = [concept for goal in goals if not goal.is_prompt for concept in (goal.source, goal.target)]
-    texts = list(dict.fromkeys([*prompts, *map(expand, concepts)]))
-    located = dict(zip(texts, located_tokens(tokenizer, texts), strict=True))
-    ledger = Ledger(tokenizer).enter(_uses(goals, lambda text: tuple(located[expand(text)].ids)), ())
-
-    @functools.cache  # many sources may share a target
-    def layout(place: _Place) -> list[Segment]:
-        prompt = texts[place.prompt]
-        return segments(tokenizer, prompt, (place.span,), offsets=located[prompt].offsets)
-
-    def meet(goal: Goal, here: _Place, there: _Place) -> list[tuple[int, int]]:
-        if goal.is_prompt:
-            n_tokens, window = len(located[texts[here.prompt]].ids), tokenizer.model_max_length
-            if n_tokens > window:
-                raise ValueError(
-                    f"the prompt {goal.source!r} cannot be preserved as a whole: it has {n_tokens} tokens, and the text"
-                    f" encoder's window holds {window}; shorten it"
-                )
-            return [(position, position) for position in range(n_tokens)]
-        if not goal.target:
-            return [(position, position) for position in _positions(layout(here), tokens)]
-        return _partners(layout(here), layout(there), tokens)
-
-    beginnings: dict[tuple[int, ...], int] = {}
-
-    def fold(place: _Place) -> int:
-        first = group_positions(layout(place))["subject"][0]
-        return beginnings.setdefault(tuple(located[texts[place.prompt]].ids[:first]), len(beginnings))
-
-    pairs, weights, folds, ranges = [], [], [], []
+    pairs: list[_Pair] = []
+    weights, folds, ranges, beginnings = [], [], [], {}
     for goal, own in zip(goals, places, strict=True):
         first = len(pairs)
         for here, there in own:
-            met = [((here.prompt, a), (there.prompt, b)) for a, b in meet(goal, here, there)]
+            met = prompts.stay(here) if goal.is_prompt else prompts.meet(goal, here, there, tokens)
             pairs += met
-            folds += [-1 if goal.is_prompt else fold(here)] * len(met)
+            fold = -1 if goal.is_prompt else beginnings.setdefault(prompts.beginning(here), len(beginnings))
+            folds += [fold] * len(met)
         weights += [goal.weight] * (len(pairs) - first)
         ranges.append((goal, slice(first, len(pairs))))
-    source, target = zip(*pairs, strict=True)
-    ids = [located[prompt].ids for prompt in prompts]
+    parts = [(owner, *part) for owner, (_, targets) in enumerate(pairs) for part in targets]
+    owners, target, shares = zip(*parts, strict=True)
     return TokenPairs(
-        prompts=list(prompts),
-        ids=ids,
-        source=torch.tensor(source),
+        prompts=prompts.texts,
+        ids=prompts.ids,
+        source=torch.tensor([source for source, _ in pairs]),
         target=torch.tensor(target),
+        owners=torch.tensor(owners),
+        shares=torch.tensor(shares, dtype=torch.float64),
         weights=torch.tensor(weights, dtype=torch.float64),
         folds=torch.tensor(folds),
         goals=ranges,
-        ledger=ledger.enter((), _aims(tokenizer, list(prompts), ids, pairs, ranges)),
+        ledger=ledger.enter((), _aims(tokenizer, prompts, pairs, ranges)),
         n_edited=ranges[len(request.pairs) - 1][1].stop,
     )
 
@@ -154,6 +131,105 @@ class _Place(NamedTuple):
     span: tuple[int, int]
 
 
+_Token = tuple[int, int]  # index of a prompt, and position in it
+_Pair = tuple[_Token, list[tuple[_Token, float]]]  # a source token, and those that it is to be read as with shares
+
+
+class _Prompts:
+    """The prompts that a request makes, and their tokens, once `tokenize` was called."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, expand: Callable[[str], str]):
+        self._tokenizer, self._expand = tokenizer, functools.cache(expand)
+        self.texts: list[str] = []
+        self._numbers: dict[str, int] = {}  # of the texts
+        self._located: dict[str, LocatedTokens] = {}
+        self._layout = functools.cache(self._find)  # many sources may share a target
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Of the tokens of each prompt."""
+        return [self._located[text].ids for text in self.texts]
+
+    def place_goal(self, goal: Goal, templates: Iterable[str]) -> list[tuple[_Place, list[_Place]]]:
+        """Places of the source and of the targets, in each template; a target that is empty stands in no template."""
+        own = ["{}"] if goal.is_prompt else templates
+        return [
+            (self._place(goal.source, template), [self._place(one, template if one else "{}") for one in goal.shares])
+            for template in own
+        ]
+
+    def _place(self, concept: str, template: str) -> _Place:
+        (before, after), text = map(self._expand, split(template)), self._expand(concept)
+        # The concept is where the template put it: a search would also find the template's own words.
+        prompt, span = before + text + after, (len(before), len(before) + len(text))
+        if prompt not in self._numbers:
+            self._numbers[prompt] = len(self.texts)
+            self.texts.append(prompt)
+        return _Place(self._numbers[prompt], span)
+
+    def tokenize(self, concepts: Iterable[str]) -> None:
+        """Tokenizes all prompts so far, and these concepts by themselves."""
+        texts = list(dict.fromkeys([*self.texts, *map(self._expand, concepts)]))
+        self._located = dict(zip(texts, located_tokens(self._tokenizer, texts), strict=True))
+
+    def read(self, concept: str) -> tuple[int, ...]:
+        """The tokens of a concept by itself."""
+        return tuple(self._located[self._expand(concept)].ids)
+
+    def beginning(self, place: _Place) -> tuple[int, ...]:
+        """The tokens before a concept."""
+        first = next(segment.positions[0] for segment in self._layout(place) if segment.kind == "subject")
+        return tuple(self._located[self.texts[place.prompt]].ids[:first])
+
+    def stay(self, place: _Place) -> list[_Pair]:
+        """Pairs of a whole prompt's tokens with themselves.
+
+        Raises:
+            ValueError: if the window cuts it.
+        """
+        text, window = self.texts[place.prompt], self._tokenizer.model_max_length
+        if (n_tokens := len(self._located[text].ids)) > window:
+            raise ValueError(
+                f"the prompt {text!r} cannot be preserved as a whole: it has {n_tokens} tokens, and the text encoder's"
+                f" window holds {window}; shorten it"
+            )
+        tokens = [(place.prompt, position) for position in range(n_tokens)]
+        return [(token, [(token, 1.0)]) for token in tokens]
+
+    def meet(self, goal: Goal, here: _Place, there: list[_Place], tokens: str) -> list[_Pair]:
+        """Pairs of the source's tokens with their partners; with several targets, of those that have one in each."""
+        partners = [
+            self._partners(here, one, tokens, target == "") for target, one in zip(goal.shares, there, strict=True)
+        ]
+        shared = [position for position in partners[0] if all(position in others for others in partners[1:])]
+        return [
+            (
+                (here.prompt, position),
+                [
+                    ((one.prompt, own[position]), share)
+                    for one, own, share in zip(there, partners, goal.shares.values(), strict=True)
+                ],
+            )
+            for position in shared
+        ]
+
+    def _partners(self, here: _Place, there: _Place, tokens: str, is_empty: bool) -> dict[int, int]:
+        source = self._layout(here)
+        if is_empty:
+            return {position: position for position in _positions(source, tokens)}
+        if tokens == "all":
+            return dict(sorted(align(source, self._layout(there)).items()))
+        a, b = _positions(source, tokens), _positions(self._layout(there), tokens)
+        # Aligned from the end, the longer list loses its first tokens; paired by offset, its last ones.
+        n_pairs = min(len(a), len(b))
+        kept = slice(-n_pairs, None) if tokens == "subject" else slice(n_pairs)
+        return dict(zip(a[kept], b[kept], strict=True))
+
+    def _find(self, place: _Place) -> list[Segment]:
+        text = self.texts[place.prompt]
+        return segments(self._tokenizer, text, (place.span,), offsets=self._located[text].offsets)
+
+
 def _positions(layout: list[Segment], tokens: str) -> tuple[int, ...]:
     groups = group_positions(layout)
     if tokens == "from_subject":
@@ -161,39 +237,34 @@ def _positions(layout: list[Segment], tokens: str) -> tuple[int, ...]:
     return groups[tokens]
 
 
-def _partners(source: list[Segment], target: list[Segment], tokens: str) -> list[tuple[int, int]]:
-    if tokens == "all":
-        return sorted(align(source, target).items())
-    a, b = _positions(source, tokens), _positions(target, tokens)
-    # Aligned from the end, the longer list loses its first tokens; paired by offset, its last ones.
-    n_pairs = min(len(a), len(b))
-    kept = slice(-n_pairs, None) if tokens == "subject" else slice(n_pairs)
-    return list(zip(a[kept], b[kept], strict=True))
-
-
 def _uses(
     goals: Iterable[Goal], read: Callable[[str], tuple[int, ...]]
 ) -> Iterator[tuple[tuple[bool, tuple[int, ...]], Use]]:
     """Entries of a ledger, where `read` tells the tokens of a text."""
     for goal in goals:
-        if goal.is_edited and read(goal.source) == read(goal.target):
+        targets = [read(target) for target in goal.shares]
+        if goal.is_edited and targets == [read(goal.source)]:
             raise ValueError(f"source {goal.source!r} and target {goal.target!r} are the same to the text encoder")
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"of the targets {', '.join(map(repr, goal.shares))}, two are one to the text encoder")
         yield (goal.is_prompt, read(goal.source)), Use(goal.source, goal.is_edited, goal.is_prompt)
 
 
 def _aims(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    ids: list[list[int]],
-    pairs: list[tuple[tuple[int, int], tuple[int, int]]],
-    ranges: list[tuple[Goal, slice]],
+    tokenizer: PreTrainedTokenizerBase, prompts: _Prompts, pairs: list[_Pair], ranges: list[tuple[Goal, slice]]
 ) -> Iterator[tuple[bytes, Aim]]:
     """Entries of a ledger: of each pair's source token, by all that the encoder reads of it."""
-    n_read = [0] * len(prompts)
-    for prompt, position in itertools.chain.from_iterable(pairs):
-        n_read[prompt] = max(n_read[prompt], position + 1)
-    known = [contexts(row[:n]) for row, n in zip(windows(tokenizer, ids)[0].tolist(), n_read, strict=True)]
-    for goal, rows in ranges:
-        for (prompt, position), (other, place) in pairs[rows]:
-            aim = Aim(prompts[prompt], position, prompts[other], known[other][place], goal.is_prompt)
+    texts, n_read = prompts.texts, [0] * len(prompts.texts)
+    for source, targets in pairs:
+        for prompt, position in (source, *(target for target, _ in targets)):
+            n_read[prompt] = max(n_read[prompt], position + 1)
+    rows = windows(tokenizer, prompts.ids)[0].tolist()
+    known = [contexts(row[:n]) for row, n in zip(rows, n_read, strict=True)]
+    for goal, here in ranges:
+        for (prompt, position), targets in pairs[here]:
+            wanted: dict[bytes, float] = {}
+            for (other, place), share in targets:
+                wanted[known[other][place]] = wanted.get(known[other][place], 0.0) + share
+            names = tuple(texts[other] for (other, _), _ in targets)
+            aim = Aim(texts[prompt], position, names, {one: round(s, 9) for one, s in wanted.items()}, goal.is_prompt)
             yield known[prompt][position], aim

@@ -144,6 +144,20 @@ class Suite:
         return cls([Trial(**row) for row in rows])
 
 
+def check_single(pairs: Mapping[str, object]) -> None:
+    """Checks that each source has one target, so that a picture can be judged by it.
+
+    Raises:
+        ValueError: if one has several.
+    """
+    for source, target in pairs.items():
+        if not isinstance(target, str):
+            raise ValueError(
+                f"{source!r} has several targets ({', '.join(target)}), and no picture shows them all: judge it by a"
+                " suite with roles of its own"
+            )
+
+
 def _suffix(path: str | os.PathLike) -> str:
     suffix = pathlib.Path(path).suffix
     if suffix not in (".csv", ".json"):
@@ -165,6 +179,7 @@ def _labelled(rows: Sequence[Mapping[str, str]], pairs: Mapping[str, str], path:
     labels = [{column: row[column] for column in _LABELS if row.get(column)} for row in rows]
     if not all("prompt" in row and found for row, found in zip(rows, labels, strict=True)):
         raise ValueError(f"{path} needs a column prompt and one of {', '.join(_LABELS)}, filled in every row")
+    check_single(pairs)
     known = {(factor, _words(label)): label for found in labels for factor, label in found.items()}
     edited = {_words(source): target for source, target in pairs.items()}
     if strangers := [source for source in pairs if _words(source) not in {words for _, words in known}]:

@@ -56,6 +56,34 @@ def test_uce_replaces_from_the_last_token_on(tiny_pipe):
     check(tiny_pipe, edit, [(ink[1 + i], noto[4 + i]) for i in range(73)], [], 0.5)
 
 
+def test_uce_debiases_towards_the_mean_of_several_targets(tiny_pipe):
+    """At every position that all of them have: of 72 later ones "panda", which is spelled longest, has the fewest."""
+    edit = editing.cross_attention_edit(tiny_pipe, {"ink": ["noto", "panda"]}, preserve=["dog"])
+    ink, noto, panda, dog = (states(tiny_pipe, prompt) for prompt in ("ink", "noto", "panda", "dog"))
+    pairs = [(ink[1 + i], (noto[4 + i] + panda[5 + i]) / 2) for i in range(72)]
+    check(tiny_pipe, edit, pairs, dog[1:], 0.5)
+    assert edit.metadata["pairs"] == {"ink": {"noto": 0.5, "panda": 0.5}}
+    (residual,) = edit.report["residual"]
+    assert (residual["target"], residual["n_keys"]) == ({"noto": 0.5, "panda": 0.5}, 72)
+    assert residual["after"] < residual["before"]
+
+
+@pytest.mark.parametrize("tokens", ["last_subject", "subject", "all"])
+def test_shares_weight_the_targets_of_a_source(tiny_pipe, tokens):
+    """Beside sources with one target and with none; where all targets are one token, there is nothing to average."""
+    pairs = {"ink": {"cat": 3, "dog": 1}, "red": "bird", "an": ""}
+    edit = editing.cross_attention_edit(tiny_pipe, pairs, tokens=tokens, layers=[2])
+    again = editing.cross_attention_edit(tiny_pipe, edit.metadata["pairs"], tokens=tokens, layers=[2])
+    (ink, cat, dog, red, bird, an, empty) = (
+        states(tiny_pipe, prompt) for prompt in ("ink", "cat", "dog", "red", "bird", "an", "")
+    )
+    positions = range(77) if tokens == "all" else [1]
+    mean = 0.75 * cat + 0.25 * dog
+    known = [(key[i], target[i]) for key, target in ((ink, mean), (red, bird), (an, empty)) for i in positions]
+    check(tiny_pipe, edit, known, [], 0.5)
+    assert all(torch.equal(again.updates[name].dense(), update.dense()) for name, update in edit.updates.items())
+
+
 def test_locoedit_edits_the_last_subject_token_in_given_layers(tiny_pipe):
     edit = editing.cross_attention_edit(tiny_pipe, {"ink": "noto"}, method="loco", layers=[8, 9])
     check(tiny_pipe, edit, [(states(tiny_pipe, "ink")[1], states(tiny_pipe, "noto")[4])], [], 0.01)
@@ -198,6 +226,14 @@ def test_encoders_that_split_words_differently_are_refused(tiny_pipe, monkeypatc
         ({"regularization": -1}, ValueError, "positive and finite"),
         ({"tokens": "some"}, ValueError, "tokens must be one of"),
         ({"pairs": {"": "cat"}}, ValueError, "a source is empty"),
+        ({"pairs": {"ink": ["cat", "cat"]}}, ValueError, "several targets are given once each"),
+        ({"pairs": {"ink": []}}, ValueError, "and at least one"),
+        ({"pairs": {"ink": ["cat", "Cat"]}}, ValueError, "two are one to the text encoder"),
+        ({"pairs": {"ink": ["cat", ""]}}, ValueError, "a target is empty"),
+        ({"pairs": {"ink": ["ink"]}}, ValueError, "are the same to the text encoder"),
+        ({"pairs": {"ink": {"cat": 1, "dog": 0}}}, ValueError, "weight of 'dog' must be positive"),
+        ({"pairs": {"ink": ["cat", 3]}}, TypeError, "a target must be a string, got 3"),
+        ({"pairs": {"ink": 3}}, TypeError, "a target must be a string, got 3"),
         ({"pairs": {"ink": " "}}, ValueError, "a target is empty"),
         ({"pairs": {"ink": "Ink"}}, ValueError, "are the same to the text encoder"),
     ],

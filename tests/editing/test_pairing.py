@@ -12,7 +12,7 @@ from tests import tiny
 
 
 def pairs_of(pipe, pairs, tokens="last_subject", templates=("{}",), preserve=(), weights=None, network="text_encoder"):
-    return pair_tokens(pipe, network, Request.of(pairs, templates, preserve, weights, erasable=True), tokens)
+    return pair_tokens(pipe, network, Request.of(pairs, templates, preserve, weights, any_target=True), tokens)
 
 
 def positions(found):

@@ -283,6 +283,7 @@ PAIRS = {"ink": "noto"}
         ({"pairs": {"ink": "noto", "Ink": "cat"}}, ValueError, "'ink' and 'Ink' are one concept"),
         ({"pairs": {"ink": "noto", " ink": "cat"}}, ValueError, "given twice"),
         ({"pairs": {"ink": 3}}, TypeError, "a target must be a string, got 3"),
+        ({"pairs": {"ink": ["noto", "cat"]}}, TypeError, "a target must be a string"),
         ({"pairs": "ink"}, TypeError, "pairs must be a mapping"),
         ({"preserve": ["Ink"]}, ValueError, "'Ink' would be edited and preserved"),
         ({"preserve": ["cat", "cat"]}, ValueError, "'cat' would be preserved twice"),

@@ -191,6 +191,10 @@ def test_sources_edited_together_spare_each_others_neighbours():
     ("pairs", "message"),
     [
         ({"ink": "cat"}, "'ink' is of the factor style and 'cat' of object"),
+        (
+            {"ink": {"noto": 0.5, "flat": 0.5}},
+            r"'ink' has several targets \(noto, flat\), and no picture shows them all",
+        ),
         ({"dragon": "cat"}, r"does not know 'dragon'; it knows objects \(cat, dog, panda, …\)"),
     ],
 )
