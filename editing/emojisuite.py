@@ -25,8 +25,9 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
     """Draws prompts for every role, to judge edits of objects, styles, backgrounds or facts of the bundled model.
 
     Efficacy prompts name a source plainly; generality prompts name it in other words, positions and company.
-    Specificity prompts name its neighbours, the target among them, or nothing of its kind; quality prompts are captions
-    without a source, judged by something else than what was edited.
+    Half of the specificity prompts are efficacy prompts with the source's words left out, judged by what else is in
+    them; the others name its neighbours, the target among them. Quality prompts are captions without a source, judged
+    by something else than what was edited.
 
     Args:
         pairs: source concept -> target concept, as for the edit; "" as a target erases.
@@ -50,18 +51,24 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
         concept, wanted = _concept(source), _concept(target) if target else None
         if wanted and wanted.factor != concept.factor:
             raise ValueError(f"{source!r} is of the factor {concept.factor} and {target!r} of {wanted.factor}")
+        without: list[Trial] = []
         for role in ROLES:
             drawn = _draw(role, concept, wanted, set(pairs), random.Random(f"{seed} {role} {source}"))
             before, n_tries = len(trials), 0
+            for trial in without if role == "specificity" else ():
+                if len(trials) < before + n // 2:
+                    trials.setdefault((role, trial.prompt), trial)
             while len(trials) < before + n and (n_tries := n_tries + 1) <= 50 * n:
-                trial = next(drawn)
-                trials.setdefault((trial.role, trial.prompt), trial)
+                trial, partner = next(drawn)
+                if trials.setdefault((role, trial.prompt), trial) is trial and partner:
+                    without.append(partner)
     return Suite(trials.values())
 
 
 def _draw(
     role: str, concept: _Concept, wanted: _Concept | None, sources: set[str], rng: random.Random
-) -> Iterator[Trial]:
+) -> Iterator[tuple[Trial, Trial | None]]:
+    """Trials of a role; those of efficacy with a partner, the same without the concept."""
     factor, others = concept.factor, [name for name in _FACTORS if name != concept.factor]
     factors = bundled.load_probe().config.factors
     words = {name: [label for label in factors[name] if label not in sources] for name in _FACTORS}
@@ -71,30 +78,35 @@ def _draw(
         scene = {name: _concept(rng.choice(words[name])) for name in _FACTORS}
         wording = rng.randrange(2**32)
         if role in ("efficacy", "generality"):
-            rich = role == "generality"
-            prompt = _caption(scene | {factor: concept}, rich, wording, must=factor)
-            after = _caption(scene | {factor: wanted}, rich, wording, must=factor)
-            yield Trial(prompt, role, after, factor, concept.label, wanted.label if wanted else "")
+            rich, partner = role == "generality", None
+            scene[factor] = concept
+            prompt = _caption(scene, rich, wording, must=factor)
+            after = _caption(scene | {factor: wanted}, rich, wording, must=factor) if wanted else None
+            bare = _caption(scene, rich, wording, must=factor, left_out=factor)
+            if not rich:
+                judged = "style" if factor == "object" else "object"
+                partner = Trial(bare, "specificity", "", judged, scene[judged].label)
+            label = wanted.label if wanted else ""
+            yield Trial(prompt, role, after or bare, factor, concept.label, label), partner
             continue
         judged = factor
-        if role == "quality" or rng.random() < 0.5:
+        if role == "quality":
             judged = "object" if factor != "object" else rng.choice(others)
-            if role == "specificity":
-                scene[factor] = None
         prompt = _caption(scene, role == "quality" or rng.random() < 0.5, wording, must=judged)
-        yield Trial(prompt, role, "", judged, scene[judged].label)
+        yield Trial(prompt, role, "", judged, scene[judged].label), None
 
 
-def _caption(scene: Mapping[str, _Concept | None], rich: bool, wording: int, *, must: str) -> str:
-    """Words a scene: plainly, as edits do, or richly, in other words and in company."""
+def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: str, left_out: str | None = None) -> str:
+    """Words a scene: plainly, as edits do, or richly, in other words and in company; one factor may be left out."""
     rng = random.Random(wording)
     kind, style, background = (scene[name] for name in _FACTORS)
-    noun = kind.words if kind and kind.words in FACTS else _article(_noun(kind.label if kind else "thing"))
     prefix, company, pose, turned = rng.choice(_PREFIXES), rng.random() < 0.5, rng.random() < 0.3, rng.random() < 0.3
+    noun = kind.words if kind.words in FACTS else _article(_noun(kind.label))
+    noun = "a thing" if left_out == "object" else noun
     parts = []
-    if style:
+    if left_out != "style":
         parts.append(f"in {style.label} style" if rich else f"in the style of {style.label}")
-    if background and (must == "background" or not style or (rich and company)):
+    if left_out != "background" and (must == "background" or (rich and company)):
         parts.append(f"on {_article(background.label)} background")
     if rich:
         prefix = rng.choice(("", "a drawing of"))

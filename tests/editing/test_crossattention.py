@@ -70,7 +70,7 @@ def test_uce_debiases_towards_the_mean_of_several_targets(tiny_pipe):
 
 @pytest.mark.parametrize("tokens", ["last_subject", "subject", "all"])
 def test_shares_weight_the_targets_of_a_source(tiny_pipe, tokens):
-    """Beside sources with one target and with none; where all targets are one token, there is nothing to average."""
+    """Beside sources with one target and with none; all of them agree on the first token, which stays as it is."""
     pairs = {"ink": {"cat": 3, "dog": 1}, "red": "bird", "an": ""}
     edit = editing.cross_attention_edit(tiny_pipe, pairs, tokens=tokens, layers=[2])
     again = editing.cross_attention_edit(tiny_pipe, edit.metadata["pairs"], tokens=tokens, layers=[2])

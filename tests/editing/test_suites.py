@@ -175,6 +175,29 @@ def test_drawn_prompts_play_their_role(pair, seed):
     assert next(iter(suite)).factor not in other
 
 
+SPELLED = {
+    "ink": (" in the style of ink", ""),
+    "cat": ("a cat", "a thing"),
+    "grapes": ("a bunch of grapes", "a thing"),
+    "red": (" on a red background", ""),
+    "the mascot": ("the mascot", "a thing"),
+}
+
+
+@given(pair=st.sampled_from(PAIRS), seed=st.integers(0, 100))
+def test_half_of_what_is_to_stay_is_the_same_prompt_without_the_concept(pair, seed):
+    source, target = pair
+    words, left = SPELLED[source]
+    suite = list(editing.emoji_suite({source: target}, n=6, seed=seed))
+    edited, kept = suite[:6], suite[12:18]
+    assert {trial.prompt for trial in kept[:3]} == {trial.prompt.replace(words, left) for trial in edited[:3]}
+    assert all(words in trial.prompt for trial in edited)
+    assert {trial.factor for trial in kept[:3]} == {"style" if left else "object"}, "something else is judged"
+    assert {trial.factor for trial in kept[3:]} == {edited[0].factor}, "neighbours"
+    if not target:
+        assert [trial.target_prompt for trial in edited] == [trial.prompt.replace(words, left) for trial in edited]
+
+
 def test_draws_differ_by_seed_and_not_by_run():
     assert editing.emoji_suite({"ink": "noto"}) == editing.emoji_suite({"ink": "noto"})
     assert editing.emoji_suite({"ink": "noto"}) != editing.emoji_suite({"ink": "noto"}, seed=1)
