@@ -6,7 +6,7 @@ after the edit, so a value that contained it would count it twice.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -60,13 +60,19 @@ def associate(pipe: DiffusionPipeline, site: Site, pairs: TokenPairs) -> Associa
     return Associations(pairs, keys, values, residuals)
 
 
-def outcome(network: str, known: Associations, update: LowRank) -> dict[str, list[dict]]:
-    """For a report: residuals of what is edited and interference with what is preserved, by the update as stored."""
+def outcome(where: Mapping[str, str], known: Associations, update: LowRank) -> dict[str, list[dict]]:
+    """For a report: residuals of what is edited and interference with what is preserved, by the update as stored.
+
+    Args:
+        where: what each entry says of its place, as the network.
+        known: keys and wanted values.
+        update: the change.
+    """
     changes = update.times(known.keys)
     found: dict[str, list[dict]] = {"residual": [], "interference": []}
     for goal, rows in known.pairs.goals:
         wanted = torch.linalg.vector_norm(known.values[rows]).clamp(min=torch.finfo(torch.float64).tiny)
-        entry = {"network": network, "n_keys": rows.stop - rows.start}
+        entry = {**where, "n_keys": rows.stop - rows.start}
         if rows.stop <= known.pairs.n_edited:
             residuals = known.residuals[rows]
             before, after = (torch.linalg.vector_norm(r) / wanted for r in (residuals, residuals - changes[rows]))
@@ -88,11 +94,11 @@ def all_finite(weight: torch.Tensor, stored: torch.dtype) -> bool:
 
 
 def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] | None) -> list[Site]:
-    """The sites that Diff-QuickFix edits, at most one per text encoder; None is the first self-attention of each.
+    """The sites that Diff-QuickFix edits, in execution order; None is the first self-attention of each text encoder.
 
     Raises:
         KeyError: if the pipeline has no such site.
-        ValueError: if a site is in no text encoder, or in a layer that nothing reads, or two are in the same encoder.
+        ValueError: if a site is in no text encoder, or in a layer that nothing reads, or is given twice.
     """
     family = family_of(pipe)
     networks = [network for network, _ in family.text_encoders]
@@ -111,12 +117,11 @@ def text_sites(pipe: DiffusionPipeline, site: Site | str | Sequence[Site | str] 
                 f"an edit at {site.name} would change no picture: a {type(pipe).__name__} reads what the first {n_read}"
                 f" of {n_layers} layers of its {site.network} make"
             )
-        if sum(other.network == site.network for other in chosen) > 1:
-            raise ValueError(
-                f"two sites of {site.network} cannot be solved for together, since the first changes the keys of the"
-                " second: make one edit, and the next inside `with edit.applied(pipe):`, then add them"
-            )
-    return chosen
+        if chosen.count(site) > 1:
+            raise ValueError(f"the site {site.name} was given twice")
+        projection(pipe, site)  # raises if it has none
+    order = [site for network in networks for site in sites(pipe, network=network)]
+    return sorted(chosen, key=order.index)
 
 
 def projection(pipe: DiffusionPipeline, site: Site) -> tuple[str, nn.Linear]:

@@ -50,7 +50,9 @@ def quickfix(
     template: _Templates = (),
     regularization: _Lambda = None,
     tokens: Annotated[str, typer.Option(help="last_subject, subject, from_subject or all.")] = "last_subject",
-    site: Annotated[list[str], typer.Option(help="Site of a text encoder; without it, its first attention.")] = (),
+    site: Annotated[
+        list[str], typer.Option(help="Site of a text encoder, likewise; without it, its first attention.")
+    ] = (),
     weight: _Weights = (),
 ) -> None:
     """Make a text encoder read concepts as others (Diff-QuickFix).
@@ -249,8 +251,9 @@ def _print_outcome(edit: editing.Edit) -> None:
         target = entry["target"] or "nothing"
         if not isinstance(target, str):
             target = ", ".join(f"{share:.0%} {one}" for one, share in target.items())
-        pair = f"{entry['source']} -> {target}"
-        typer.echo(f"  {entry['network']}, {pair}: residual {entry['before']:.2f} before, {entry['after']:.2f} after")
+        change = f"residual {entry['before']:.2f} before, {entry['after']:.2f} after"
+        typer.echo(f"  {entry.get('site', entry['network'])}, {entry['source']} -> {target}: {change}")
     for entry in edit.report.get("interference", ()):
         kept = entry.get("concept", entry.get("prompt"))
-        typer.echo(f"  {entry['network']}, {kept!r} preserved: values change by {entry['change']:.2%}")
+        where = entry.get("site", entry["network"])
+        typer.echo(f"  {where}, {kept!r} preserved: values change by {entry['change']:.2%}")

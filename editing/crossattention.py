@@ -121,7 +121,7 @@ def cross_attention_edit(
     updates = {name: LowRank(*narrowed(_weight(matrix) @ up, down)) for name, matrix in matrices.items()}
     clock.lap("solve")
     base = {name: fingerprint(pipe, name) for name in updates}
-    report = outcome(family.denoiser, known, LowRank(together @ up, down))
+    report = outcome({"network": family.denoiser}, known, LowRank(together @ up, down))
     report |= {"regularization": {family.denoiser: strength}, "parameters": measure(updates, base)}
     clock.lap("report")
     metadata = {

@@ -1,5 +1,6 @@
 """Diff-QuickFix for concepts that come in parts, or are too many for one matrix of keys: sums first, then one solve."""
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,14 +30,14 @@ class Fitter:
 
     Args:
         pipe: as for `quickfix`; it must keep its weights until the last `update`.
-        templates, tokens, site: as for `quickfix`, the same for all concepts.
+        templates, tokens, site: as for `quickfix`, the same for all concepts; at most one site in each text encoder.
 
     Attributes:
         statistics: site name -> sums over all keys so far.
         request: the concepts so far; None before the first.
 
     Raises:
-        KeyError, ValueError: as `quickfix` does.
+        KeyError, ValueError: as `quickfix` does, or if two sites are in one text encoder.
 
     Example:
         >>> import mediation
@@ -56,6 +57,12 @@ class Fitter:
         site: Site | str | Sequence[Site | str] | None = None,
     ):
         self._pipe, self._sites = pipe, text_sites(pipe, site)
+        for one, other in itertools.combinations(self._sites, 2):
+            if one.network == other.network:
+                raise ValueError(
+                    f"{other.name} receives what the edit at {one.name} changes, which is not known before the last"
+                    " update: take one site of each text encoder, or quickfix"
+                )
         self._templates, self._tokens = checked_templates(templates), tokens
         self._base = {site.name: fingerprint(pipe, self._parameter(site)) for site in self._sites}
         self.statistics: dict[str, Statistics] = {}

@@ -1,5 +1,6 @@
 """Diff-QuickFix: edits a concept in closed form where a text encoder first reads it (Basu et al., arXiv:2310.13730)."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
@@ -29,7 +30,7 @@ def quickfix(
     site: Site | str | Sequence[Site | str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Edit:
-    """Makes a text encoder read source concepts as target concepts; the pipeline is only read.
+    """Makes a text encoder read source concepts as target concepts; the pipeline is left as it was.
 
     A key k_i is the input of one linear layer at a token of a source prompt; its wanted value v_i = W0 k'_i is what the
     layer, bias apart, gives at the token's partner k'_i in the target prompt. With D the change of the layer's W0,
@@ -56,8 +57,9 @@ def quickfix(
             aligned from the end; the first tokens of the longer concept have no partner, and are left alone.
             "from_subject": the last token and every later position of the window, by offset, as the paper's code.
             "all": the whole window; tokens before the concept are thereby preserved.
-        site: self_attention or mlp sites of text encoders, at most one in each, or their names; None is the first
-            self-attention of every text encoder, as in the paper.
+        site: self_attention or mlp sites of text encoders, or their names; None is the first self-attention of every
+            text encoder, as in the paper. Several in one encoder are solved for in the order in which they run, each
+            with the keys that it receives once those before it are edited.
         weights: concept, edited or preserved -> weight of each of its keys; 1 where absent. More templates, or more
             tokens, make more keys. A `Prompt` carries its own weight.
 
@@ -92,17 +94,20 @@ def quickfix(
     clock.lap("tokens")
 
     updates, base, report = {}, {}, {"residual": [], "interference": [], "regularization": {}}
-    for site, token_pairs in zip(chosen, found, strict=True):
-        known = associate(pipe, site, token_pairs)
-        clock.lap("keys")
-        value, report["regularization"][site.name] = choose_lambda(regularization, known)
-        update = LowRank(*ridge(known.keys, known.residuals, regularization=value, weights=token_pairs.weights))
-        clock.lap("solve")
-        name = f"{site.network}.{projection(pipe, site)[0]}.weight"
-        updates[name], base[name] = update, fingerprint(pipe, name)
-        for kind, entries in outcome(site.network, known, update).items():
-            report[kind] += entries
-        clock.lap("report")
+    with contextlib.ExitStack() as edited:
+        for i, (site, token_pairs) in enumerate(zip(chosen, found, strict=True)):
+            known = associate(pipe, site, token_pairs)
+            clock.lap("keys")
+            value, report["regularization"][site.name] = choose_lambda(regularization, known)
+            update = LowRank(*ridge(known.keys, known.residuals, regularization=value, weights=token_pairs.weights))
+            clock.lap("solve")
+            name = f"{site.network}.{projection(pipe, site)[0]}.weight"
+            updates[name], base[name] = update, fingerprint(pipe, name)
+            for kind, entries in outcome({"network": site.network, "site": site.name}, known, update).items():
+                report[kind] += entries
+            clock.lap("report")
+            if any(later.network == site.network for later in chosen[i + 1 :]):
+                edited.enter_context(Edit({name: update}, {}, {"base": {name: base[name]}}).applied(pipe))
     report |= {"parameters": measure(updates, base)} | clock.report
     metadata = {
         "method": "quickfix",

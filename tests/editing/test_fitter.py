@@ -139,6 +139,8 @@ def test_weights_that_change_in_between_are_noticed(fresh_pipe):
 
 
 def test_bad_use_is_refused(tiny_pipe, parts, tmp_path):
+    with pytest.raises(ValueError, match=r"1.mlp receives what the edit at text_encoder.0.mlp changes"):
+        editing.Fitter(tiny_pipe, site=["text_encoder.1.mlp", "text_encoder.0.mlp"])
     empty = editing.Fitter(tiny_pipe)
     with pytest.raises(ValueError, match="nothing to fit"):
         empty.fit()

@@ -1,5 +1,6 @@
 """Diff-QuickFix on a tiny SD 1.x: its result against the paper's formula, and everything it must refuse."""
 
+import contextlib
 import copy
 import importlib.metadata
 import json
@@ -195,6 +196,41 @@ def test_two_layers_are_edited_one_after_the_other_and_added(fresh_pipe):
         torch.testing.assert_close(run(fresh_pipe, "ink", module)[1][1], wanted, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_sites_are_edited_in_the_order_in_which_they_run(fresh_pipe, dtype):
+    """Each as if the ones before it were an edit of their own, applied while it is made."""
+    pipe, options = fresh_pipe.to(dtype), {"preserve": ["cat"], "regularization": 0.1}
+    names = ["text_encoder.0.self_attention", "text_encoder.1.self_attention", "text_encoder.1.mlp"]
+    before, found = state(pipe), editing.quickfix(pipe, {"ink": "noto"}, site=[names[2], names[0], names[1]], **options)
+    assert all(torch.equal(value, before[name]) for name, value in state(pipe).items()), "as it was"
+    apart = []
+    with contextlib.ExitStack() as applied:
+        for name in names:
+            apart.append(editing.quickfix(pipe, {"ink": "noto"}, site=name, **options))
+            applied.enter_context(apart[-1].applied(pipe))
+        expected = state(pipe)
+    assert found.metadata["sites"] == names
+    assert list(found.updates) == [name for edit in apart for name in edit.updates]
+    for edit in apart:
+        assert torch.equal(only(edit.updates).dense(), found.updates[next(iter(edit.updates))].dense())
+    with found.applied(pipe):
+        assert all(torch.equal(value, expected[name]) for name, value in state(pipe).items())
+    for kind in ("residual", "interference"):
+        assert [entry["site"] for entry in found.report[kind]] == names
+        assert found.report[kind] == [entry for edit in apart for entry in edit.report[kind]]
+    alone = editing.quickfix(pipe, {"ink": "noto"}, site=names[2], **options)
+    assert not torch.allclose(only(alone.updates).dense(), only(apart[2].updates).dense(), atol=1e-3)
+
+
+def test_what_earlier_sites_changed_is_put_back_if_a_later_one_fails(fresh_pipe):
+    before = state(fresh_pipe)
+    sites(fresh_pipe, name="text_encoder.1.mlp")[0].module(fresh_pipe).fc2.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        editing.quickfix(fresh_pipe, PAIRS, site=["text_encoder.0.mlp", "text_encoder.1.mlp"])
+    changed = [name for name, value in state(fresh_pipe).items() if not torch.equal(value, before[name])]
+    assert [name.split("layers.")[1] for name in changed] == ["1.mlp.fc2.weight"]
+
+
 def test_the_pipeline_is_only_read(tiny_pipe):
     before = state(tiny_pipe)
     editing.quickfix(tiny_pipe, {"ink": "noto"}, preserve=["cat"], tokens="from_subject")
@@ -312,7 +348,8 @@ PAIRS = {"ink": "noto"}
         ({"weights": [1.0]}, TypeError, "weights must be a mapping"),
         ({"site": "unet.mid.0.self_attention"}, ValueError, "edits text encoders"),
         ({"site": "text_encoder.9.mlp"}, KeyError, "no site 'text_encoder.9.mlp'"),
-        ({"site": ["text_encoder.0.mlp", "text_encoder.1.mlp"]}, ValueError, "two sites of text_encoder"),
+        ({"site": ["text_encoder.0.mlp", "text_encoder.0.mlp"]}, ValueError, "text_encoder.0.mlp was given twice"),
+        ({"site": "text_encoder.0.self_attention.head.0"}, ValueError, "no output projection of its own"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_runs(tiny_pipe, arguments, error, message, monkeypatch):

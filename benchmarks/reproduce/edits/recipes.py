@@ -1,6 +1,5 @@
 """Recipes: how an edit is made, whatever its concepts, as values that can be named, compared and written down."""
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -34,7 +33,7 @@ class Recipe:
 
     Attributes:
         method: released, quickfix, uce, loco or time.
-        sites: of the text encoder, for quickfix; several are edited one after the other. Empty is the paper's.
+        sites: of the text encoder, for quickfix; several are edited in their order. Empty is the paper's.
         layers: cross-attentions by number, for the others. Empty is all.
         tokens: None is the method's.
         templates: "paper", the method's own, or "captions", the bundled model's English.
@@ -71,16 +70,7 @@ class Recipe:
         if self.method != "quickfix":
             layers = list(self.layers) or None
             return editing.cross_attention_edit(pipe, pairs, method=self.method, layers=layers, **options)
-        edits = []
-        with contextlib.ExitStack() as stack:
-            # What a site receives changes with the sites before it.
-            for site in self.sites or (None,):
-                edits.append(editing.quickfix(pipe, pairs, site=site, **options))
-                stack.enter_context(edits[-1].applied(pipe))
-        whole = edits[0]
-        for edit in edits[1:]:
-            whole = whole + edit
-        return whole
+        return editing.quickfix(pipe, pairs, site=self.sites or None, **options)
 
 
 def preserved(kind: str, pairs: Mapping[str, str]) -> list[str | editing.Prompt]:
