@@ -47,8 +47,11 @@ def import_lora(path: str | os.PathLike, pipe: DiffusionPipeline) -> Edit:
     """Reads a LoRA file as an edit of a pipeline: to apply, revert, add, compress or evaluate it.
 
     Args:
-        path: a safetensors file in diffusers' (PEFT) or kohya's format, by `Edit.export_lora` or any trainer, that
-            changes linear layers only.
+        path: a safetensors file by `Edit.export_lora`, or by others whose keys are laid out alike: a layer's path in
+            the pipeline, as "unet.mid_block.….to_k", and "lora_A.weight" and "lora_B.weight" (PEFT), or
+            "lora_linear_layer.down.weight" and "….up.weight" (diffusers before that); or kohya's name for it, as
+            "lora_unet_mid_block_…_to_k" or "lora_te_text_model_…", and "lora_down.weight", "lora_up.weight", "alpha".
+            Convolutions, DoRA, LoHa and the like are not read, nor layers named as in Stability's own checkpoints.
         pipe: the pipeline that it is for.
 
     Returns:
@@ -56,7 +59,7 @@ def import_lora(path: str | os.PathLike, pipe: DiffusionPipeline) -> Edit:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, or changes what the pipeline has not.
+        ValueError: if it is no such file, or changes what the pipeline has not, or something else than linear layers.
 
     Example:
         >>> import editing, mediation, tempfile
