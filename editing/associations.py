@@ -137,6 +137,11 @@ def projection(pipe: DiffusionPipeline, site: Site) -> tuple[str, nn.Linear]:
     return path, plain_linear(pipe, site.network, path)
 
 
+def parameter_name(pipe: DiffusionPipeline, site: Site) -> str:
+    """The name in the pipeline of the weight that an edit at a site changes; raises as `projection` does."""
+    return f"{site.network}.{projection(pipe, site)[0]}.weight"
+
+
 def plain_linear(pipe: DiffusionPipeline, network: str, path: str) -> nn.Linear:
     """The linear layer at a path of a network.
 

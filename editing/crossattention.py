@@ -11,17 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from editing.assembly import closed_form_edit
 from editing.associations import Associations, outcome, plain_linear
 from editing.clock import Clock
 from editing.concepts import Prompt, Request
-from editing.edit import Edit, measure
+from editing.edit import Edit
 from editing.pairing import TokenPairs, pair_tokens
-from editing.regularization import Regularization, checked_lambda, choose_lambda, describe_lambda
+from editing.regularization import Regularization, checked_lambda, choose_lambda
 from editing.solvers import dual_keys, narrowed
 from editing.updates import LowRank
 from mediation.parameters import fingerprint
 from mediation.pipelines import family_of
-from mediation.provenance import provenance
 from mediation.sites import Site, resolve, sites
 
 _CHUNK = 64  # prompts per run of the text encoders
@@ -122,18 +122,10 @@ def cross_attention_edit(
     clock.lap("solve")
     base = {name: fingerprint(pipe, name) for name in updates}
     report = outcome({"network": family.denoiser}, known, LowRank(together @ up, down))
-    report |= {"regularization": {family.denoiser: strength}, "parameters": measure(updates, base)}
-    clock.lap("report")
-    metadata = {
-        "method": method,
-        **request.describe(),
-        "regularization": describe_lambda(regularization),
-        "tokens": defaults.tokens if tokens is None else tokens,
-        "layers": [site.name for site in chosen],
-        "base": base,
-        **provenance(pipe),
-    }
-    return Edit(updates, report | clock.report, metadata)
+    report["regularization"] = {family.denoiser: strength}
+    options = {"tokens": defaults.tokens if tokens is None else tokens, "layers": [site.name for site in chosen]}
+    options |= {"method": method, "regularization": regularization}
+    return closed_form_edit(pipe, request, updates, base, report, clock, **options)
 
 
 def _cross_attentions(pipe: DiffusionPipeline, layers: Sequence[int | Site | str] | None) -> list[Site]:

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 
-from editing.associations import associate, projection, text_sites
+from editing.assembly import closed_form_edit
+from editing.associations import associate, parameter_name, projection, text_sites
 from editing.clock import Clock
 from editing.concepts import Prompt, Request, checked_templates
-from editing.edit import Edit, measure
+from editing.edit import Edit
 from editing.ledger import Ledger
 from editing.pairing import TokenPairs, pair_tokens
-from editing.regularization import Relative, describe_lambda
+from editing.regularization import Relative
 from editing.solvers import Statistics, check_regularization
 from editing.updates import LowRank
 from mediation import tensorfiles
 from mediation.parameters import fingerprint, mismatch
-from mediation.provenance import provenance
 from mediation.sites import Site
 
 _FORMAT = "editing.Fitter/1"
@@ -64,7 +64,7 @@ class Fitter:
                     " update: take one site of each text encoder, or quickfix"
                 )
         self._templates, self._tokens = checked_templates(templates), tokens
-        self._base = {site.name: fingerprint(pipe, self._parameter(site)) for site in self._sites}
+        self._base = {site.name: fingerprint(pipe, parameter_name(pipe, site)) for site in self._sites}
         self.statistics: dict[str, Statistics] = {}
         self.request: Request | None = None
         self._ledgers: dict[str, Ledger] = {}
@@ -128,23 +128,14 @@ class Fitter:
             if isinstance(regularization, Relative):
                 value = regularization.value(float(sums.gram.trace()), len(sums.gram))
             update = LowRank(*sums.solve(regularization=value))
-            name = self._parameter(site)
+            name = parameter_name(self._pipe, site)
             updates[name], base[name] = update, self._base[site.name]
             clock.lap("solve")
             report["regularization"][site.name] = {"lambda": value}
             report["misfit"][site.name] = {"before": sums.energy, "after": sums.objective(update.dense())}
             clock.lap("report")
-        metadata = {
-            "method": "quickfix",
-            **self.request.describe(),
-            "regularization": describe_lambda(regularization),
-            "tokens": self._tokens,
-            "sites": list(self._base),
-            "base": base,
-            **provenance(self._pipe),
-        }
-        report |= {"parameters": measure(updates, base)} | clock.report
-        return Edit(updates, report, metadata)
+        options = {"regularization": regularization, "tokens": self._tokens, "sites": list(self._base)}
+        return closed_form_edit(self._pipe, self.request, updates, base, report, clock, method="quickfix", **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the sums and what they were made of to one safetensors file.
@@ -211,6 +202,3 @@ class Fitter:
             weight = projection(self._pipe, site)[1].weight
             if problem := mismatch(weight, base[site.name]):
                 raise ValueError(f"the fitter was given another base model: at {site.name}, {problem}")
-
-    def _parameter(self, site: Site) -> str:
-        return f"{site.network}.{projection(self._pipe, site)[0]}.weight"

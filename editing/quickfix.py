@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 
-from editing.associations import associate, outcome, projection, text_sites
+from editing.assembly import closed_form_edit
+from editing.associations import associate, outcome, parameter_name, text_sites
 from editing.clock import Clock
 from editing.concepts import Prompt, Request
-from editing.edit import Edit, measure
+from editing.edit import Edit
 from editing.pairing import pair_tokens
-from editing.regularization import Regularization, checked_lambda, choose_lambda, describe_lambda
+from editing.regularization import Regularization, checked_lambda, choose_lambda
 from editing.solvers import ridge
 from editing.updates import LowRank
 from mediation.parameters import fingerprint
 from mediation.pipelines import family_of
-from mediation.provenance import provenance
 from mediation.sites import Site
 
 
@@ -101,21 +101,12 @@ def quickfix(
             value, report["regularization"][site.name] = choose_lambda(regularization, known)
             update = LowRank(*ridge(known.keys, known.residuals, regularization=value, weights=token_pairs.weights))
             clock.lap("solve")
-            name = f"{site.network}.{projection(pipe, site)[0]}.weight"
+            name = parameter_name(pipe, site)
             updates[name], base[name] = update, fingerprint(pipe, name)
             for kind, entries in outcome({"network": site.network, "site": site.name}, known, update).items():
                 report[kind] += entries
             clock.lap("report")
             if any(later.network == site.network for later in chosen[i + 1 :]):
                 edited.enter_context(Edit({name: update}, {}, {"base": {name: base[name]}}).applied(pipe))
-    report |= {"parameters": measure(updates, base)} | clock.report
-    metadata = {
-        "method": "quickfix",
-        **request.describe(),
-        "regularization": describe_lambda(regularization),
-        "tokens": tokens,
-        "sites": [site.name for site in chosen],
-        "base": base,
-        **provenance(pipe),
-    }
-    return Edit(updates, report, metadata)
+    options = {"regularization": regularization, "tokens": tokens, "sites": [site.name for site in chosen]}
+    return closed_form_edit(pipe, request, updates, base, report, clock, method="quickfix", **options)
