@@ -178,7 +178,7 @@ def read_inputs(
         (token, d_in), float64 on the CPU.
     """
     _, module = projection(pipe, site)
-    encoder, device = getattr(pipe, site.network), module.weight.device
+    encoder = getattr(pipe, site.network)
     # Without this flag the pipeline lets padding be read, as CLIP was trained to.
     masked = getattr(encoder.config, "use_attention_mask", False)
     causal = type(encoder).__name__ in family_of(pipe).causal_text_encoders
@@ -187,6 +187,7 @@ def read_inputs(
         tokens, mask = windows(tokenizers_of(pipe)[site.network], ids[start : start + _CHUNK])
         here = wanted[(wanted[:, 0] >= start) & (wanted[:, 0] < start + _CHUNK)]
         read = slice(int(here[:, 1].max()) + 1 if causal and len(here) else None)
+        device = module.weight.device  # offloading moves the encoder when it first runs
         mask = mask[:, read].to(device) if masked else None
         run = functools.partial(encoder, tokens[:, read].to(device), attention_mask=mask)
         inputs = input_of(module, run)
