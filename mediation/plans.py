@@ -116,7 +116,7 @@ def make_plan(
             raise TypeError(f"cases are mediation.Case objects, got {type(case).__name__}")
     if len({case.corruption.draws for case in cases}) > 1:
         raise ValueError("the cases have different numbers of draws: trace them separately")
-    groups = _check_groups(pipe, sites, tokens, windows)
+    groups = _check_groups(pipe, sites, tokens, windows, sampling.branch)
     tokenizers = tokenizers_of(pipe)
     traces_text = any(site.network in tokenizers for group in groups for site in group)
     for case in cases:
@@ -176,15 +176,17 @@ def _check_names(metrics: Sequence[Metric]) -> None:
         raise ValueError(f"several metrics are called {', '.join(repeated)}: give each a name of its own")
 
 
-def _check_groups(pipe, sites, tokens, windows) -> tuple[tuple[Site, ...], ...]:
+def _check_groups(pipe, sites, tokens, windows, branch) -> tuple[tuple[Site, ...], ...]:
     encoders = tokenizers_of(pipe)
     groups = resolve(pipe, sites)
     if tokens is not None and windows is not None:
         raise ValueError("tokens are places in the text encoder, which runs once; windows are times of the denoiser")
     if sites is None and tokens is not None:
         groups = [group for group in groups if group[0].network in encoders]
-    if sites is None and windows is not None:
+    elif sites is None and (windows is not None or branch == "uncond"):
         groups = [group for group in groups if group[0].network not in encoders]
+    if branch == "uncond" and any(site.network in encoders for group in groups for site in group):
+        raise ValueError('text-encoder sites feed the conditional half only: branch must be "cond" or "both"')
     names = [group_name(group) for group in groups]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"the same sites are given twice: {', '.join(repeated)}")

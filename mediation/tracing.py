@@ -67,8 +67,8 @@ def trace(
         pipe: a diffusers pipeline of a supported family.
         cases: what to corrupt, one case or several.
         sites: sites or names, heads and blocks among them; an entry that is itself a list is changed together. None is
-            every site that `mediation.sites(pipe)` lists, or every one to which `tokens` or `windows` applies; for
-            "direct_effect", every cross-attention.
+            every site that `mediation.sites(pipe)` lists, or every one to which `tokens`, `windows` and `branch`
+            apply; for "direct_effect", every cross-attention.
         backend: "restoration", "attribution_patching" or "direct_effect".
         metric: scores a run's outcome, or several such, which adds a `metric` dimension. None is CLIPScore with the
             prompt for the bundled pipeline, and `LatentDistance` for any other. See `mediation.metrics`; estimates
@@ -79,7 +79,8 @@ def trace(
             step; adds a `window` dimension. None is all of sampling but for "attribution_patching", whose estimates
             are of single steps: there it is "each", unless sites of a text encoder are asked for.
         mode: "restore" or "knock_out".
-        branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both".
+        branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both". Sites of a text
+            encoder feed the conditional half only, and cannot be changed for "uncond".
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance.
         batch_size: rows of one call of the pipeline, the clean and the sham row included. None suits the latents' size.

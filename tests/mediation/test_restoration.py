@@ -8,6 +8,7 @@ import mediation
 from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject
 from mediation.encoding import encode_rows
 from mediation.pipelines import family_of
+from mediation.plans import make_plan
 from mediation.rows import CLEAN, CORRUPTED, Intervention
 from mediation.sampling import Sampling, sample_rows
 from tests.runs import CASE, SAMPLING, doors, rms
@@ -68,6 +69,18 @@ def test_branches_change_their_own_half(tiny_pipe, branch, halves):
     # In the second step latents differ, so the unconditional half too has something to restore.
     rows = inputs[1]  # clean, sham, restored: unconditional, then conditional
     assert tuple(torch.equal(rows[offset + 2], rows[offset + CLEAN]) for offset in (0, 3)) == halves
+
+
+def test_the_unconditional_branch_leaves_out_what_does_not_reach_it(tiny_pipe):
+    options = {"tokens": None, "windows": None, "mode": "restore", "batch_size": None, "images": None}
+    options |= {"metric": LatentDistance(), "progress": False}
+    plans = {
+        branch: make_plan(tiny_pipe, CASE, sites=None, sampling=Sampling(2, 4.0, branch), **options)
+        for branch in ("cond", "uncond", "both")
+    }
+    listed = {branch: [site for (site,) in plan.groups] for branch, plan in plans.items()}
+    assert listed["cond"] == listed["both"] == mediation.sites(tiny_pipe)
+    assert listed["uncond"] == mediation.sites(tiny_pipe, network="unet")
 
 
 def test_self_patch_is_the_identity(tiny_pipe):
@@ -220,6 +233,8 @@ def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, m
         ({"mode": "delete"}, ValueError, "mode must be 'restore' or 'knock_out'"),
         ({"branch": "left"}, ValueError, "branch must be"),
         ({"branch": "uncond", "guidance_scale": 1.0}, ValueError, "no unconditional branch"),
+        ({"branch": "uncond", "sites": ["text_encoder.0.mlp"]}, ValueError, "feed the conditional half only"),
+        ({"branch": "uncond", "tokens": ["eos"]}, ValueError, 'branch must be "cond" or "both"'),
         ({"tokens": "verb"}, ValueError, "no token group"),
         ({"tokens": [500]}, ValueError, "outside the window"),
         ({"tokens": ["eos"], "sites": ["unet.mid.0.resnet"]}, ValueError, "has none"),
