@@ -11,6 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
+# torch's generators take 64 bits, and the noise of stochastic samplers has the seed behind a case's
+_MAX_SEED = 2**64 - 2
+
 TOKEN_GROUPS = ("bos", "before", "subject", "last_subject", "after", "eos", "padding", "all")
 
 
@@ -79,10 +82,10 @@ class Case:
         prompt: the caption.
         subject: words of the prompt that carry the attribute under study.
         corruption: `GaussianNoise(...)` or `ReplaceSubject(...)`.
-        seed: of the starting latent and of the noise.
+        seed: of the starting latent and of the noise, from 0 to 2⁶⁴ − 2.
 
     Raises:
-        ValueError: if the subject is not in the prompt.
+        ValueError: if the subject is not in the prompt, or a generator cannot have the seed.
 
     Example:
         >>> Case("a cat in the style of ink", subject="ink").spans
@@ -103,8 +106,8 @@ class Case:
             raise ValueError(f"the subject {self.subject!r} is not in the prompt {self.prompt!r}: {hint}")
         if not isinstance(self.corruption, GaussianNoise | ReplaceSubject):
             raise TypeError(f"corruption must be GaussianNoise or ReplaceSubject, got {type(self.corruption).__name__}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a non-negative integer, got {self.seed!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 2, got {self.seed!r}")
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

@@ -142,7 +142,7 @@ def attribute(
     """
     if sums is not None:
         mapfiles.check_path(sums)
-    tensorfiles.checked_path(output)
+    mapfiles.check_folder(tensorfiles.checked_path(output))
     found = mediation.attribute(
         mediation.load_pipeline(model),
         concept,

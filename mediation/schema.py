@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Sequence
 
+import numpy
 import xarray
 
 # Every variable with all its dimensions; a map may do without the optional ones.
@@ -48,6 +49,16 @@ def check(effects: xarray.Dataset, *, needs: Sequence[str] = (), one_metric: boo
         raise ValueError(f"expected the Dataset that mediation.trace returns, but {'; '.join(problems)}")
     if one_metric and "metric" in effects.dims:
         raise ValueError(f"choose one metric: effects.sel(metric=…) of {list(effects.metric.values)}")
+
+
+def seed_labels(seeds: Sequence[int]) -> numpy.ndarray:
+    """Seeds as maps hold them: int64, or uint64 where one of them needs it, and never rounded.
+
+    Example:
+        >>> seed_labels([1, 2**63]).tolist()
+        [1, 9223372036854775808]
+    """
+    return numpy.array(seeds, numpy.uint64 if max(seeds, default=0) >= 2**63 else numpy.int64)
 
 
 def _problems(effects: xarray.Dataset, needs: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from mediation.plans import Plan, make_plan
 from mediation.provenance import provenance
 from mediation.restoration import restoration
 from mediation.sampling import Sampling
-from mediation.schema import CHECK_DIMS, DIMS, IMAGE_DIMS
+from mediation.schema import CHECK_DIMS, DIMS, IMAGE_DIMS, seed_labels
 from mediation.sites import Site, group_name, resolve
 from mediation.verification import screened, verified
 
@@ -166,7 +166,7 @@ def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
         draw=numpy.arange(plan.n_draws),
         prompt=("case", [case.prompt for case in plan.cases]),
         subject=("case", [case.subject for case in plan.cases]),
-        seed=("case", [case.seed for case in plan.cases]),
+        seed=("case", seed_labels([case.seed for case in plan.cases])),
         site=[group_name(group) for group in plan.groups],
     )
     # A group takes the coordinates of its first site.

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mediation import Case, GaussianNoise, ReplaceSubject
 from mediation.cases import align, group_positions, segments
+from mediation.sampling import Sampling, sample_rows
 
 
 def tokens_of(tokenizer, prompt, positions):
@@ -57,6 +58,7 @@ def test_an_absent_subject_is_an_error(prompt, subject, message):
         lambda: GaussianNoise(where="middle"),
         lambda: ReplaceSubject(" "),
         lambda: Case("a cat", subject="cat", seed=-1),
+        lambda: Case("a cat", subject="cat", seed=2**64 - 1),
     ],
 )
 def test_corruptions_that_cannot_be_are_errors(wrong):
@@ -121,6 +123,15 @@ def test_replacement_keeps_the_rest_and_aligns_from_the_end(tiny_pipe):
     outside = [p for p in range(len(a)) if p not in group_positions(clean)["subject"]]
     assert [a[p] for p in outside] == [b[partners[p]] for p in outside]
     assert partners[group_positions(clean)["last_subject"][0]] == group_positions(corrupted)["last_subject"][0]
+
+
+def test_the_largest_seed_is_one_that_sampling_can_have(tiny_pipe):
+    sampled = [
+        sample_rows(tiny_pipe, Case("a cat", subject="cat", seed=seed), 0, [], Sampling(1, 1.0))
+        for seed in (2**64 - 2, 1)
+    ]
+    assert sampled[0].isfinite().all()
+    assert not torch.equal(*sampled)
 
 
 def test_noise_depends_on_seed_and_draw_alone():
