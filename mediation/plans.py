@@ -1,7 +1,8 @@
 """Plans: everything that a backend needs to know of a trace, checked before any work starts."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -15,8 +16,7 @@ from mediation.pipelines import expansion, family_of, tokenizers_of
 from mediation.rows import MODES, N_CONTROLS, Intervention
 from mediation.sampling import Sampling, sample_rows
 from mediation.sites import Site, group_name, resolve
-
-WHOLE = (0.0, 1.0)
+from mediation.windows import WHOLE, check_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def make_plan(
         groups=groups,
         metrics=metrics,
         tokens=_check_tokens(pipe, cases, tokens),
-        windows=_check_windows(windows, sampling.num_inference_steps),
+        windows=check_windows(pipe, windows, sampling.num_inference_steps),
         mode=mode,
         sampling=sampling,
         batch_size=batch_size,
@@ -218,32 +218,24 @@ def _check_tokens(pipe, cases, tokens) -> tuple[str | int, ...] | None:
     if tokens is None:
         return None
     tokenizers = tokenizers_of(pipe).values()
-    if tokens == "each":
+    if isinstance(tokens, str) and tokens == "each":
         n_tokens = [clean_groups(tokenizer, case)["eos"][0] + 1 for tokenizer in tokenizers for case in cases]
         return tuple(range(max(n_tokens)))
-    tokens = (tokens,) if isinstance(tokens, str | int) else tuple(tokens)
-    for token in tokens:
-        if isinstance(token, str) and token not in TOKEN_GROUPS:
-            raise ValueError(f'no token group {token!r}; the groups are {", ".join(TOKEN_GROUPS)}, or "each"')
-        window = max(tokenizer.model_max_length for tokenizer in tokenizers)
-        if isinstance(token, int) and not 0 <= token < window:
-            raise ValueError(f"token position {token} is outside the window of {window}")
+    window = max(tokenizer.model_max_length for tokenizer in tokenizers)
+    is_one = isinstance(tokens, str) or not isinstance(tokens, Iterable)
+    tokens = tuple(_check_token(token, window) for token in ([tokens] if is_one else tokens))
     if not tokens or len(set(tokens)) < len(tokens):
         raise ValueError(f"tokens must name at least one group or position, each once; got {tokens}")
     return tokens
 
 
-def _check_windows(windows, n_steps: int) -> tuple[tuple[float, float], ...] | None:
-    if windows is None:
-        return None
-    if windows == "each":
-        return tuple((step / n_steps, (step + 1) / n_steps) for step in range(n_steps))
-    if isinstance(windows, str):
-        raise ValueError(f'windows is "each", for one per step, or a list of (start, stop), got {windows!r}')
-    windows = tuple((float(start), float(stop)) for start, stop in windows)
-    for start, stop in windows:
-        if not 0 <= start < stop <= 1:
-            raise ValueError(f"a window is (start, stop) with 0 <= start < stop <= 1, got {(start, stop)}")
-    if not windows:
-        raise ValueError("windows is empty: pass None, or a list of (start, stop) fractions of sampling")
-    return windows
+def _check_token(token, window: int) -> str | int:
+    if isinstance(token, str):
+        if token not in TOKEN_GROUPS:
+            raise ValueError(f'no token group {token!r}; the groups are {", ".join(TOKEN_GROUPS)}, or "each"')
+        return str(token)
+    if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+        raise TypeError(f"tokens are names of groups or positions, which are integers; got {token!r}")
+    if not 0 <= token < window:
+        raise ValueError(f"token position {token} is outside the window of {window}")
+    return int(token)

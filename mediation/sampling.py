@@ -4,6 +4,7 @@ All rows share the starting latent and, with stochastic samplers, the noise of e
 `__call__` is the sampler.
 """
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +153,13 @@ def denoise(
             callback_on_step_end=on_step_end,
         )
     return output.images
+
+
+def n_iterations(pipe: DiffusionPipeline, num_inference_steps: int) -> int:
+    """How often the pipeline's loop runs for this many steps: some schedulers take several iterations for a step."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    return len(scheduler.timesteps)
 
 
 class _Progress:

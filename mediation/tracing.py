@@ -21,6 +21,7 @@ from mediation.sampling import Sampling
 from mediation.schema import CHECK_DIMS, DIMS, IMAGE_DIMS, seed_labels
 from mediation.sites import Site, group_name, resolve
 from mediation.verification import screened, verified
+from mediation.windows import window_name
 
 # A backend returns the values of a plan as `restoration` does.
 BACKENDS: dict[str, Callable[[DiffusionPipeline, Plan], dict[str, numpy.ndarray]]] = {
@@ -76,8 +77,9 @@ def trace(
         tokens: token groups (bos, before, subject, last_subject, after, eos, padding, all) or positions at which to
             change text-encoder sites, or "each" for every position; adds a `token` dimension.
         windows: (start, stop) fractions of sampling in which to change sites of the denoiser, or "each" for one per
-            step; adds a `window` dimension. None is all of sampling but for "attribution_patching", whose estimates
-            are of single steps: there it is "each", unless sites of a text encoder are asked for.
+            step; adds a `window` dimension. Each must hold an iteration of the scheduler. None is all of sampling but
+            for "attribution_patching", whose estimates are of single steps: there it is "each", unless sites of a text
+            encoder are asked for.
         mode: "restore" or "knock_out".
         branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both". Sites of a text
             encoder feed the conditional half only, and cannot be changed for "uncond".
@@ -181,7 +183,7 @@ def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
         effects = effects.assign_coords(token=list(plan.tokens if are_positions else map(str, plan.tokens)))
     if plan.windows is not None:
         effects = effects.assign_coords(
-            window=[f"{start:g}–{stop:g}" for start, stop in plan.windows],
+            window=list(map(window_name, plan.windows)),
             window_start=("window", [start for start, _ in plan.windows]),
             window_stop=("window", [stop for _, stop in plan.windows]),
         )

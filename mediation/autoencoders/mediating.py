@@ -15,12 +15,13 @@ from mediation.autoencoders.splicing import check_spliceable, spliced
 from mediation.cases import Case
 from mediation.effects import indirect_effect, warn_of_missing
 from mediation.metrics import Metric
-from mediation.plans import WHOLE, Plan, make_plan
+from mediation.plans import Plan, make_plan
 from mediation.restoration import restoration
 from mediation.rows import N_CONTROLS, Intervention
 from mediation.sampling import Sampling
 from mediation.schema import check
 from mediation.tracing import label, plan_attributes
+from mediation.windows import WHOLE
 
 LATENT_MODES = ("restore", "knock_out", "ablate")
 

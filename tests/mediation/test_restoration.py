@@ -16,6 +16,13 @@ from tests.runs import CASE, SAMPLING, doors, rms
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
 
 
+def plan(pipe, **options):
+    """What `trace` would run."""
+    given = {"sites": None, "metric": LatentDistance(), "tokens": None, "windows": None, "mode": "restore"}
+    given |= {"sampling": SAMPLING, "batch_size": None, "images": None, "progress": False}
+    return make_plan(pipe, CASE, **given | options)
+
+
 def test_text_sites_cannot_undo_what_the_residual_stream_carries(tiny_pipe):
     """Noise on the embeddings passes by every layer, so restoring all outputs helps and is not the clean run."""
     sites = tuple(mediation.sites(tiny_pipe, network="text_encoder"))
@@ -72,13 +79,8 @@ def test_branches_change_their_own_half(tiny_pipe, branch, halves):
 
 
 def test_the_unconditional_branch_leaves_out_what_does_not_reach_it(tiny_pipe):
-    options = {"tokens": None, "windows": None, "mode": "restore", "batch_size": None, "images": None}
-    options |= {"metric": LatentDistance(), "progress": False}
-    plans = {
-        branch: make_plan(tiny_pipe, CASE, sites=None, sampling=Sampling(2, 4.0, branch), **options)
-        for branch in ("cond", "uncond", "both")
-    }
-    listed = {branch: [site for (site,) in plan.groups] for branch, plan in plans.items()}
+    plans = {branch: plan(tiny_pipe, sampling=Sampling(2, 4.0, branch)) for branch in ("cond", "uncond", "both")}
+    listed = {branch: [site for (site,) in found.groups] for branch, found in plans.items()}
     assert listed["cond"] == listed["both"] == mediation.sites(tiny_pipe)
     assert listed["uncond"] == mediation.sites(tiny_pipe, network="unet")
 
@@ -125,6 +127,13 @@ def test_each_position_is_a_token(tiny_pipe):
     )
     n_tokens = len(tiny_pipe.tokenizer(CASE.prompt).input_ids)
     assert effects.token.values.tolist() == list(range(n_tokens))
+
+
+def test_positions_may_come_in_an_array(tiny_pipe):
+    found = plan(tiny_pipe, tokens=numpy.arange(3))
+    assert found.tokens == plan(tiny_pipe, tokens=[0, 1, 2]).tokens == (0, 1, 2)
+    assert {type(token) for token in found.tokens} == {int}
+    assert plan(tiny_pipe, tokens=numpy.int64(4)).tokens == (4,)
 
 
 def test_a_group_without_tokens_is_missing_and_not_zero(tiny_pipe):
@@ -237,8 +246,17 @@ def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, m
         ({"branch": "uncond", "tokens": ["eos"]}, ValueError, 'branch must be "cond" or "both"'),
         ({"tokens": "verb"}, ValueError, "no token group"),
         ({"tokens": [500]}, ValueError, "outside the window"),
+        ({"tokens": [numpy.int64(500)]}, ValueError, "outside the window"),
+        ({"tokens": [2.5]}, TypeError, "positions, which are integers; got 2.5"),
+        ({"tokens": ["eos", None]}, TypeError, "positions, which are integers; got None"),
+        ({"tokens": [True]}, TypeError, "positions, which are integers; got True"),
+        ({"tokens": 2.5}, TypeError, "positions, which are integers; got 2.5"),
+        ({"tokens": [3, numpy.int64(3)]}, ValueError, "each once"),
+        ({"tokens": numpy.array([], int)}, ValueError, "at least one group or position"),
         ({"tokens": ["eos"], "sites": ["unet.mid.0.resnet"]}, ValueError, "has none"),
         ({"windows": [(0.5, 0.5)]}, ValueError, "a window is"),
+        ({"windows": [(0.6, 0.7)]}, ValueError, "nothing happens in the window"),
+        ({"windows": [(0, 0.5), (0, 0.5)]}, ValueError, "windows are given twice"),
         ({"windows": [(0, 1)], "sites": ["text_encoder.0.mlp"]}, ValueError, "runs only once"),
         ({"tokens": ["eos"], "windows": [(0, 1)]}, ValueError, "runs once"),
         ({"batch_size": 2}, ValueError, "at least 3"),
