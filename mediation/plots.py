@@ -21,7 +21,8 @@ def plot_effects(
     """Draws a causal map as a heat map, diverging around 0; a dot marks cells whose 95% interval excludes 0.
 
     Columns are token groups or windows where the map has them, and otherwise positions in execution order, with a row
-    per component; in a map of single heads, columns are heads, with a row per attention.
+    per component; in a map of single heads, columns are heads, with a row per attention. Sites that are changed
+    together have rows of their own, and the column of the one in their middle.
 
     Args:
         effects: from `mediation.trace`, of one metric.
@@ -92,8 +93,7 @@ def plot_bars(
     """
     check(effects, one_metric=True)
     summary = summarize(effects, by=by, normalize=normalize)
-    groups = [str(label) for label in summary[by].values]
-    groups = _shorten(groups) if by == "site" else [group.replace("_", " ") for group in groups]
+    groups = _labels(summary.site) if by == "site" else [str(label).replace("_", " ") for label in summary[by].values]
     inner = [dim for dim in summary["mean"].dims if dim != by]
     labels = [str(label) for label in summary[inner[0]].values] if inner else [None]
     mean, low, high = (
@@ -157,9 +157,9 @@ def plot_images(
         for dim in ("token", "window"):
             if dim in effects.restored_image.dims:
                 raise ValueError(f"choose one {dim}: effects.sel({dim}=…) of {effects[dim].values.tolist()}")
-        names = effects.image_site.values.tolist()
-        columns += ["\n".join(name.rsplit(".", 1)) for name in _shorten(names)]
-        images += [effects.restored_image.sel(image_site=name) for name in names]
+        pictured = effects.restored_image
+        columns += ["\n".join(name.rsplit(".", 1)) for name in _labels(pictured.image_site)]
+        images += [pictured.sel(image_site=name) for name in pictured.image_site.values]
     images = [image.isel(draw=draw).transpose("case", "y", "x", "channel") for image in images]
     rows = effects.prompt.values.tolist() if "prompt" in effects.coords else [str(i) for i in range(len(images[0]))]
     _, height, width, _ = images[0].shape
@@ -185,31 +185,56 @@ def _table(summary: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray, list[
     """Values and marks (row, column), and the labels of rows and columns; cells without a site are NaN."""
     mean = summary["mean"]
     sure = ((summary["low"] > 0) | (summary["high"] < 0)).transpose(*mean.dims)
-    names = [str(name) for name in mean.site.values]
     if mean.ndim == 2:
-        rows = _shorten(names)
-        return mean.values, sure.values, rows, [str(label) for label in mean[mean.dims[1]].values]
-    are_heads = {".head." in name for name in names}
-    if "component" not in mean.coords or len(are_heads) > 1:
-        return mean.values[None], sure.values[None], [""], _shorten(names)
-    if are_heads == {True}:
-        attentions, columns_of = zip(*(name.rsplit(".head.", 1) for name in names), strict=True)
-        rows_of = _shorten(list(attentions))
-    else:
-        columns_of = _shorten([name.rsplit(".", 1)[0] for name in names])
-        rows_of = [str(component).replace("_", " ") for component in mean.component.values]
-    rows, columns = list(dict.fromkeys(rows_of)), list(dict.fromkeys(columns_of))
+        return mean.values, sure.values, _labels(mean.site), [str(label) for label in mean[mean.dims[1]].values]
+    cells = _cells(mean)
+    if cells is None:
+        return mean.values[None], sure.values[None], [""], _labels(mean.site)
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells, strict=True))
     table = numpy.full((len(rows), len(columns)), numpy.nan)
     marks = numpy.zeros(table.shape, dtype=bool)
-    for value, mark, row, column in zip(mean.values, sure.values, rows_of, columns_of, strict=True):
+    for value, mark, (row, column) in zip(mean.values, sure.values, cells, strict=True):
         cell = rows.index(row), columns.index(column)
         table[cell], marks[cell] = value, mark
     return table, marks, rows, columns
 
 
-def _shorten(names: list[str]) -> list[str]:
-    """Leaves the network out of names that all share it."""
-    networks = {name.split(".", 1)[0] for name in names}
-    if len(networks) > 1 or not all("." in name for name in names):
-        return names
-    return [name.split(".", 1)[1] for name in names]
+def _cells(mean: xarray.DataArray) -> list[tuple[str, str]] | None:
+    """Row and column of every site, no two alike: its component and position, or its attention and head.
+
+    Sites that are changed together have rows of their own, and the column of the site in their middle. None if the map
+    says of no site what it is, or mixes heads with other sites.
+    """
+    groups = [str(name).split("+") for name in mean.site.values]
+    heads = mean["head"].values.tolist() if "head" in mean.coords else [-1] * len(groups)
+    if "component" not in mean.coords or len({head >= 0 for head in heads}) > 1:
+        return None
+    networks = mean.network.values if "network" in mean.coords else [group[0].partition(".")[0] for group in groups]
+    several = len(set(networks)) > 1
+    cells = []
+    for name, group, network, component, head in zip(
+        _labels(mean.site), groups, networks, mean.component.values, heads, strict=True
+    ):
+        if head >= 0:
+            row, column = name.rsplit(".head.", 1)
+        else:
+            kind = f"{network} {component}" if several else str(component)
+            row = kind.replace("_", " ").replace("+", " + ") + _together(group)
+            middle = group[len(group) // 2].partition(".head.")[0]
+            column = middle.partition(".")[2].rpartition(".")[0]  # of "unet.mid.0.resnet", mid.0
+        cells.append((name if (row, column) in cells else row, column))
+    return cells
+
+
+def _labels(sites: xarray.DataArray) -> list[str]:
+    """Names of sites, without the network if all share it; of sites together, the middle one's and their number."""
+    groups = [str(name).split("+") for name in sites.values]
+    members = [name for group in groups for name in group]
+    if len({name.partition(".")[0] for name in members}) == 1 and all("." in name for name in members):
+        groups = [[name.partition(".")[2] for name in group] for group in groups]
+    labels = [group[len(group) // 2] + _together(group) for group in groups]
+    return labels if len(set(labels)) == len(labels) else ["+".join(group) for group in groups]
+
+
+def _together(group: list[str]) -> str:
+    return f", {len(group)} together" if len(group) > 1 else ""

@@ -101,11 +101,12 @@ def trace(
         A Dataset with dims (case, draw, site[, token][, window][, metric]): clean and corrupted by (case, draw),
         restored (with `mode="knock_out"`, the knocked-out runs), and sham: as measured in the same chunk, the run in
         which sites are changed, unchanged. Coordinates on site: network, component, layer, block, path and, if there
-        are heads, head (-1 for what is none). The attributes hold what is needed to run it again. With `images`, also
-        clean_image and corrupted_image (case, draw, y, x, channel), and restored_image (case, draw, image_site[,
-        token][, window], y, x, channel), as integers from 0 to 255. Of estimates, the attribute `estimate` says of
-        which order they are, sham is the untouched run's value, and with `screen` or `verify`, exact holds what was
-        restored, NaN elsewhere.
+        are heads, head (-1 for what is none); sites that are changed together have all their networks and components,
+        with "+" between, and the rest of the site in their middle. The attributes hold what is needed to run it again.
+        With `images`, also clean_image and corrupted_image (case, draw, y, x, channel), and restored_image (case, draw,
+        image_site[, token][, window], y, x, channel), as integers from 0 to 255. Of estimates, the attribute `estimate`
+        says of which order they are, sham is the untouched run's value, and with `screen` or `verify`, exact holds what
+        was restored, NaN elsewhere.
 
     Raises:
         TypeError, KeyError, ValueError: before any work, if an argument does not fit the pipeline.
@@ -171,10 +172,14 @@ def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
         seed=("case", seed_labels([case.seed for case in plan.cases])),
         site=[group_name(group) for group in plan.groups],
     )
-    # A group takes the coordinates of its first site.
-    for field in ("network", "component", "layer", "block", "path"):
-        effects = effects.assign_coords({field: ("site", [getattr(group[0], field) for group in plan.groups])})
-    heads = [group[0].head for group in plan.groups]
+    # A group is of all its networks and components, and stands where the site in its middle does.
+    for field in ("network", "component"):
+        kinds = ["+".join(dict.fromkeys(getattr(site, field) for site in group)) for group in plan.groups]
+        effects = effects.assign_coords({field: ("site", kinds)})
+    for field in ("layer", "block", "path"):
+        middle = [getattr(group[len(group) // 2], field) for group in plan.groups]
+        effects = effects.assign_coords({field: ("site", middle)})
+    heads = [group[0].head if len(group) == 1 else None for group in plan.groups]
     if any(head is not None for head in heads):
         effects = effects.assign_coords(head=("site", [-1 if head is None else head for head in heads]))
     if plan.tokens is not None:

@@ -6,6 +6,7 @@ import pytest
 import xarray
 
 import mediation
+from tests.maps import make_map
 
 NAMES = ["unet.down.0.0.resnet", "unet.down.0.0.cross_attention", "unet.mid.0.resnet"]
 
@@ -44,11 +45,55 @@ def test_components_are_rows_and_positions_are_columns():
 def test_heads_are_columns_beside_their_attention():
     effects = make([[[0.5, -1.0, 0.25]]])
     names = ["unet.mid.0.self_attention.head.0", "unet.mid.0.self_attention.head.1", "unet.up.1.self_attention.head.0"]
-    ax = mediation.plot_effects(effects.assign_coords(site=names))
+    heads = {"component": ("site", ["self_attention"] * 3), "head": ("site", [0, 1, 0])}
+    ax = mediation.plot_effects(effects.assign_coords(site=names, **heads))
     assert labels(ax.yaxis) == ["mid.0.self_attention", "up.1.self_attention"]
     assert labels(ax.xaxis) == ["0", "1"]
     shown = numpy.ma.filled(ax.images[0].get_array().astype(float), numpy.nan)
     numpy.testing.assert_array_equal(shown, [[0.5, -1.0], [0.25, numpy.nan]])
+
+
+def grid(sites, components, networks=None):
+    """What a heat map of these sites shows, whose effects are 1, 2, 3, …: {(row, column): effect}."""
+    n = len(sites)
+    values = numpy.arange(1.0, n + 1)
+    coords = {"component": ("site", components), "network": ("site", networks or ["unet"] * n)}
+    effects = make_map(values[None, None], sites=sites).assign_coords(coords)
+    ax = mediation.plot_effects(effects)
+    shown = numpy.ma.filled(ax.images[0].get_array().astype(float), numpy.nan)
+    rows, columns = labels(ax.yaxis), labels(ax.xaxis)
+    assert len(set(rows)) == len(rows)
+    assert len(set(columns)) == len(columns)
+    return {(rows[i], columns[j]): shown[i, j] for i, j in numpy.argwhere(~numpy.isnan(shown))}
+
+
+def test_sites_together_have_rows_of_their_own():
+    """The first two groups begin with the same site and would share its cell."""
+    sites = [
+        "unet.mid.0.resnet+unet.mid.0.self_attention",
+        "unet.mid.0.resnet+unet.mid.0.cross_attention",
+        "unet.mid.0.resnet",
+        "unet.mid.0.resnet+unet.mid.1.resnet",
+        "unet.down.0.0.resnet+unet.mid.1.resnet",  # as the one before: two, with the same in the middle
+    ]
+    together = ["resnet+self_attention", "resnet+cross_attention", "resnet", "resnet", "resnet"]
+    assert grid(sites, together) == {
+        ("resnet + self attention, 2 together", "mid.0"): 1,
+        ("resnet + cross attention, 2 together", "mid.0"): 2,
+        ("resnet", "mid.0"): 3,
+        ("resnet, 2 together", "mid.1"): 4,
+        ("down.0.0.resnet+mid.1.resnet", "mid.1"): 5,
+    }
+
+
+def test_every_effect_is_shown_wherever_its_sites_are():
+    sites = ["text_encoder.0.self_attention", "text_encoder_2.0.self_attention", "unet.mid.0.self_attention"]
+    networks = [site.partition(".")[0] for site in sites]
+    assert grid(sites, ["self_attention"] * 3, networks) == {
+        ("text encoder self attention", "0"): 1,
+        ("text encoder 2 self attention", "0"): 2,
+        ("unet self attention", "mid.0"): 3,
+    }
 
 
 def test_colours_diverge_around_zero():
@@ -86,6 +131,10 @@ def test_windows_are_columns_of_a_denoiser_map():
     assert labels(ax.xaxis) == ["0–0.5", "0.5–1"]
     assert labels(ax.yaxis) == [name.removeprefix("unet.") for name in NAMES]
     assert ax.images[0].get_array().tolist() == values[0][0]
+    together = make(values, window=["0–0.5", "0.5–1"])
+    names = [f"unet.down.{i}.0.resnet+unet.down.{i}.1.resnet+unet.mid.{i}.resnet" for i in range(3)]
+    ax = mediation.plot_effects(together.assign_coords(site=names))
+    assert labels(ax.yaxis) == [f"down.{i}.1.resnet, 3 together" for i in range(3)]
 
 
 def test_bars_are_means_with_their_intervals_over_the_noise_floor():

@@ -11,6 +11,7 @@ from mediation.pipelines import family_of
 from mediation.plans import make_plan
 from mediation.rows import CLEAN, CORRUPTED, Intervention
 from mediation.sampling import Sampling, sample_rows
+from mediation.tracing import label
 from tests.runs import CASE, SAMPLING, doors, rms
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
@@ -83,6 +84,19 @@ def test_the_unconditional_branch_leaves_out_what_does_not_reach_it(tiny_pipe):
     listed = {branch: [site for (site,) in found.groups] for branch, found in plans.items()}
     assert listed["cond"] == listed["both"] == mediation.sites(tiny_pipe)
     assert listed["uncond"] == mediation.sites(tiny_pipe, network="unet")
+
+
+def test_sites_together_are_of_all_their_kinds_and_stand_in_their_middle(tiny_pipe):
+    mixed = ["text_encoder.0.mlp", "unet.mid.0.resnet", "unet.mid.0.self_attention"]
+    alike = ["unet.down.0.0.resnet", "unet.down.0.1.resnet", "unet.down.1.0.resnet"]
+    heads = ["unet.mid.0.self_attention.head.0", "unet.mid.0.self_attention.head.1"]
+    found = plan(tiny_pipe, sites=[mixed, alike, heads, heads[1]])
+    effects = label(found, found.blank())
+    assert effects.network.values.tolist() == ["text_encoder+unet", "unet", "unet", "unet"]
+    assert effects.component.values.tolist() == ["mlp+resnet+self_attention", "resnet", *["self_attention"] * 2]
+    assert effects.block.values.tolist() == ["mid", "down.0", "mid", "mid"]
+    assert effects.layer.values[1] == 1
+    assert effects["head"].values.tolist() == [-1, -1, -1, 1]
 
 
 def test_self_patch_is_the_identity(tiny_pipe):
