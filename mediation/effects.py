@@ -86,7 +86,8 @@ def summarize(
 
     Args:
         effects: from `mediation.trace`.
-        by: "site", or a coordinate of the sites to group them by: component, network, block, layer.
+        by: "site", or a coordinate of the sites to group them by: component, network, block, layer. Networks are kept
+            apart, with labels such as "unet cross_attention" where there are several.
         normalize: reports IE / TE, as `indirect_effect` does.
         confidence: level of the interval.
         n_resamples: bootstrap resamples.
@@ -116,7 +117,7 @@ def summarize(
         indirect, total = indirect.where(kept), total.where(kept)
     indirect, total = indirect.mean("draw"), total.mean("draw")
     if by != "site":
-        indirect = indirect.groupby(by).mean("site")
+        indirect = _grouped(indirect, by)
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
     mean, low, high = mean_interval(indirect, total if normalize else None, **options)
     n = (~numpy.isnan(indirect)).sum("case")
@@ -128,6 +129,16 @@ def summarize(
     return summary.assign_attrs(
         options | {"quantity": what, "intervention": mode, "metric": effects.attrs.get("metric", "")}
     )
+
+
+def _grouped(indirect: xarray.DataArray, by: str) -> xarray.DataArray:
+    """Means over the sites that share a label and a network."""
+    if by == "network" or "network" not in indirect.coords or len(numpy.unique(indirect.network)) == 1:
+        return indirect.groupby(by).mean("site")
+    kinds = list(zip(indirect.network.values.tolist(), indirect[by].values.tolist(), strict=True))
+    names = {kind: "{} {}".format(*kind) for kind in sorted(set(kinds))}
+    indirect = indirect.assign_coords({by: ("site", [names[kind] for kind in kinds])})
+    return indirect.groupby(by).mean("site").sel({by: list(names.values())})
 
 
 def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:

@@ -97,6 +97,27 @@ def test_sites_can_be_grouped_by_a_coordinate():
         mediation.summarize(effects, by="weather")
 
 
+@pytest.mark.parametrize("by", ["component", "block", "layer"])
+def test_groups_do_not_mix_networks(by):
+    sites = ["text_encoder.0.self_attention", "unet.mid.0.self_attention", "unet.up.0.0.self_attention"]
+    effects = make([[10]], [[2]], [[[3, 4, 8]]], sites=sites).assign_coords(
+        network=("site", ["text_encoder", "unet", "unet"]),
+        component=("site", ["self_attention"] * 3),
+        block=("site", ["0", "mid", "up.0"]),
+        layer=("site", [0, 2, 10]),
+    )
+    expected = {
+        "component": {"text_encoder self_attention": 1, "unet self_attention": 4},
+        "block": {"text_encoder 0": 1, "unet mid": 2, "unet up.0": 6},
+        "layer": {"text_encoder 0": 1, "unet 2": 2, "unet 10": 6},
+    }
+    found = mediation.summarize(effects, by=by)["mean"].to_series().to_dict()
+    assert list(found.items()) == list(expected[by].items())  # in order: layer 2 before layer 10
+    assert mediation.summarize(effects, by="network")["mean"].to_series().to_dict() == {"text_encoder": 1, "unet": 4}
+    alone = mediation.summarize(effects.isel(site=[1, 2]), by=by)
+    assert alone[by].values.tolist() == sorted(set(effects[by].values[1:].tolist()))
+
+
 @given(
     restored=numpy_st.arrays(float, (3, 2, 4), elements=st.floats(-5, 5)),
     order=st.permutations(range(4)),
