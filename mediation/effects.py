@@ -31,9 +31,9 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
 
     Args:
         effects: from `mediation.trace`.
-        normalize: divides by the mean total effect, so that the mean over cases and draws is the ratio of means,
-            AIE / ATE. Cases whose |TE| does not exceed the noise floor are masked, and counted in the attribute
-            `n_masked`.
+        normalize: divides by the mean total effect of the cases that have the place, so that the mean over draws, then
+            over cases, is the ratio of means AIE / ATE that `summarize` reports. Runs (case, draw) whose |TE| does not
+            exceed the noise floor are masked, and counted in the attribute `n_masked`, for each metric.
 
     Raises:
         ValueError: if `effects` is not a Dataset that `mediation.trace` returns.
@@ -49,10 +49,17 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
         indirect = (effects.restored - effects.corrupted).rename("indirect_effect")
     if not normalize:
         return indirect
-    total = total_effect(effects)
+    indirect, total = masked_effects(effects)
+    n_masked = numpy.isnan(total).sum(("case", "draw")).values.tolist()
+    normalized = indirect / total.where(~numpy.isnan(indirect)).mean("draw").mean("case")
+    return normalized.rename("indirect_effect").assign_attrs(n_masked=n_masked)
+
+
+def masked_effects(effects: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
+    """Indirect and total effects where they can be compared: NaN in runs whose |TE| does not exceed the noise floor."""
+    indirect, total = indirect_effect(effects), total_effect(effects)
     kept = abs(total) > noise_floor(effects)
-    normalized = (indirect / total.where(kept).mean(("case", "draw"))).where(kept)
-    return normalized.assign_attrs(n_masked=int((~kept).sum()))
+    return indirect.where(kept), total.where(kept)
 
 
 def noise_floor(effects: xarray.Dataset) -> xarray.DataArray:
@@ -110,18 +117,14 @@ def summarize(
         raise ValueError(f"by must be site, component, network, block or layer, got {by!r}")
     check(effects, needs=() if by == "site" else (by,))
     check_interval(confidence, method)
-    indirect, total = indirect_effect(effects), total_effect(effects)
-    floor = noise_floor(effects)
-    if normalize:
-        kept = abs(total) > floor
-        indirect, total = indirect.where(kept), total.where(kept)
+    indirect, total = masked_effects(effects) if normalize else (indirect_effect(effects), total_effect(effects))
     indirect, total = indirect.mean("draw"), total.mean("draw")
     if by != "site":
         indirect = _grouped(indirect, by)
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
     mean, low, high = mean_interval(indirect, total if normalize else None, **options)
     n = (~numpy.isnan(indirect)).sum("case")
-    summary = xarray.Dataset({"mean": mean, "low": low, "high": high, "n": n, "noise_floor": floor})
+    summary = xarray.Dataset({"mean": mean, "low": low, "high": high, "n": n, "noise_floor": noise_floor(effects)})
     for name, value in zip(("total", "total_low", "total_high"), mean_interval(total, None, **options), strict=True):
         summary[name] = value
     what = "indirect effect / total effect" if normalize else "indirect effect"

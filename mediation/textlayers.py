@@ -85,7 +85,8 @@ def find_text_layers(
         runs = [names[first : first + m] for first in range(len(names) - m + 1)]
         maps.append(trace(pipe, cases, sites=runs, backend="direct_effect", mode=mode, **options))
         (best,) = top_sites(maps[-1], k=1)
-        reached = float(indirect_effect(maps[-1], normalize=True).sel(site=best).mean())
+        shares = indirect_effect(maps[-1], normalize=True).sel(site=best)
+        reached = float(shares.mean("draw").mean())
         if reached >= share:
             return TextLayers(tuple(best.split("+")), _joined(maps))
     raise ValueError(

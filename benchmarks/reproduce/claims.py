@@ -23,8 +23,7 @@ import numpy
 import xarray
 
 from benchmarks.reproduce.simultaneous import ratio_intervals
-from mediation import indirect_effect, total_effect
-from mediation.effects import noise_floor
+from mediation.effects import masked_effects, noise_floor
 
 MARGIN = 0.1
 _CONFIDENCE = 0.95
@@ -197,9 +196,8 @@ def random_place(effects: xarray.Dataset, but: Sequence[str]) -> Estimate:
     return _estimates(others.mean("place").values[:, None], total.values, _CONFIDENCE)[0]
 
 
-def by_place(effects: xarray.Dataset) -> xarray.DataArray:
+def by_place(indirect: xarray.DataArray) -> xarray.DataArray:
     """Indirect effects (case, draw, place), where a place is a site, or a site at a token."""
-    indirect = indirect_effect(effects)
     if "token" not in indirect.dims:
         return indirect.rename(site="place").reset_coords(drop=True)
     names = [f"{site} at {token}" for site in indirect.site.values for token in indirect.token.values]
@@ -210,10 +208,8 @@ def by_place(effects: xarray.Dataset) -> xarray.DataArray:
 
 def _counted(effects: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
     """Indirect and total effects (case[, place]) of runs whose total effect exceeds the noise floor."""
-    total = total_effect(effects)
-    kept = abs(total) > noise_floor(effects)
-    indirect = by_place(effects).transpose("case", "draw", "place")
-    return indirect.where(kept).mean("draw"), total.where(kept).mean("draw")
+    indirect, total = masked_effects(effects)
+    return by_place(indirect).transpose("case", "draw", "place").mean("draw"), total.mean("draw")
 
 
 def _estimates(values: numpy.ndarray, total: numpy.ndarray, confidence: float) -> list[Estimate]:

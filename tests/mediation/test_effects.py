@@ -60,6 +60,32 @@ def test_the_ratio_is_of_means_and_cases_without_effect_are_masked_and_counted()
     assert mediation.summarize(THREE, normalize=True).n.values.tolist() == [2, 2]
 
 
+def test_normalized_effects_are_those_of_the_summary():
+    """Whatever is missing: a token of some cases, the total effect of one draw of a case, and of all of another."""
+    rng = numpy.random.default_rng(4)
+    dims = ("case", "draw", "site", "token", "metric")
+    restored = rng.normal(size=(6, 2, 2, 2, 2))
+    restored[:4, :, :, 1] = numpy.nan
+    clean = rng.uniform(1, 3, (6, 2, 2))
+    clean[1, 0, 0] = clean[5, :, 1] = 0.05
+    effects = xarray.Dataset(
+        {
+            "clean": (("case", "draw", "metric"), clean),
+            "corrupted": (("case", "draw", "metric"), numpy.zeros((6, 2, 2))),
+            "sham": (dims, numpy.where(numpy.isnan(restored), numpy.nan, 0.1)),
+            "restored": (dims, restored),
+        },
+        coords={"site": ["a", "b"], "token": ["subject", "after"], "metric": ["m", "n"]},
+    )
+    normalized = mediation.indirect_effect(effects, normalize=True)
+    summary = mediation.summarize(effects, normalize=True, n_resamples=2)
+    xarray.testing.assert_allclose(normalized.mean("draw").mean("case"), summary["mean"].rename("indirect_effect"))
+    assert normalized.attrs["n_masked"] == [1, 2]
+    after = {"site": "a", "token": "after", "metric": "m"}  # of cases 4 and 5 alone
+    expected = restored[4:, :, 0, 1, 0].mean() / clean[4:, :, 0].mean()
+    assert float(normalized.sel(after).mean("draw").mean("case")) == pytest.approx(expected)
+
+
 def test_the_noise_floor_is_the_largest_sham_effect():
     effects = make([[1]], [[0]], [[[1, 1]]], sham=[[[0.25, -0.5]]])
     assert float(noise_floor(effects)) == 0.5
