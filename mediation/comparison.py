@@ -8,6 +8,7 @@ import numpy
 import xarray
 from scipy import stats
 
+from mediation.badrows import without_bad_rows
 from mediation.effects import indirect_effect
 from mediation.intervals import check_interval, mean_interval, nanmean
 from mediation.schema import check
@@ -28,10 +29,10 @@ def compare(
 ) -> xarray.Dataset:
     """Tells how far two maps rank the same places alike, with bootstrap intervals over cases.
 
-    Places are the sites, with their tokens or windows, that both maps have and measured; only their ranks by mean
-    indirect effect count, so maps on different metrics can be compared. Maps of the same cases (prompt, subject and
-    seed) are resampled together, others independently. Resampling adds noise to both rankings, so percentile intervals
-    tend to lie low; `method="BCa"` corrects for it.
+    Places are the sites, with their tokens or windows, that both maps have and measured, all rows of them finite; only
+    their ranks by mean indirect effect count, so maps on different metrics can be compared. Maps of the same cases
+    (prompt, subject and seed) are resampled together, others independently. Resampling adds noise to both rankings, so
+    percentile intervals tend to lie low; `method="BCa"` corrects for it.
 
     Args:
         a: a map of one metric, from `mediation.trace`.
@@ -64,6 +65,7 @@ def compare(
     order = _same_cases(a, b)
     if order is not None:
         b = b.isel(case=order)
+    a, b = without_bad_rows(a), without_bad_rows(b)
     values = _by_place(a, b)
     n_places = values[0].shape[1]
     if k < 1:
@@ -149,7 +151,7 @@ def contrast(
     check(effects, one_metric=True)
     check_interval(confidence, method)
     place = {"site": reference} if isinstance(reference, str) else dict(reference)
-    indirect = indirect_effect(effects).mean("draw").transpose("case", ...)
+    indirect = indirect_effect(without_bad_rows(effects)).mean("draw").transpose("case", ...)
     for dim, label in place.items():
         if dim not in indirect.dims or dim == "case" or label not in indirect[dim].values.tolist():
             raise KeyError(f"the map has no {dim} {label!r} to compare with")

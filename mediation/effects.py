@@ -1,10 +1,9 @@
 """Causal effects from the values of a trace: total and indirect effects, intervals, top sites."""
 
-import warnings
-
 import numpy
 import xarray
 
+from mediation.badrows import without_bad_rows
 from mediation.intervals import check_interval, mean_interval
 from mediation.schema import check
 
@@ -49,7 +48,7 @@ def indirect_effect(effects: xarray.Dataset, *, normalize: bool = False) -> xarr
         indirect = (effects.restored - effects.corrupted).rename("indirect_effect")
     if not normalize:
         return indirect
-    indirect, total = masked_effects(effects)
+    indirect, total = masked_effects(without_bad_rows(effects))
     n_masked = numpy.isnan(total).sum(("case", "draw")).values.tolist()
     normalized = indirect / total.where(~numpy.isnan(indirect)).mean("draw").mean("case")
     return normalized.rename("indirect_effect").assign_attrs(n_masked=n_masked)
@@ -89,7 +88,8 @@ def summarize(
     """Mean indirect effects with bootstrap intervals over cases (Efron and Tibshirani 1993).
 
     Draws, and with `by` other than "site" the sites that share a label, are averaged within a case; the cases are
-    resampled, never the draws. Normalized effects are ratios of means, resampled as such.
+    resampled, never the draws. Normalized effects are ratios of means, resampled as such. Places at which the metric of
+    some row is not finite are NaN, and no part of a group's mean; a warning names the rows.
 
     Args:
         effects: from `mediation.trace`.
@@ -117,6 +117,7 @@ def summarize(
         raise ValueError(f"by must be site, component, network, block or layer, got {by!r}")
     check(effects, needs=() if by == "site" else (by,))
     check_interval(confidence, method)
+    effects = without_bad_rows(effects)
     indirect, total = masked_effects(effects) if normalize else (indirect_effect(effects), total_effect(effects))
     indirect, total = indirect.mean("draw"), total.mean("draw")
     if by != "site":
@@ -147,6 +148,8 @@ def _grouped(indirect: xarray.DataArray, by: str) -> xarray.DataArray:
 def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:
     """Names of the k sites with the largest mean indirect effect, largest first; over tokens or windows, at their best.
 
+    Places at which some row is not finite are left out, with a warning.
+
     Raises:
         ValueError: if k is not positive, or `effects` has several metrics.
 
@@ -157,22 +160,10 @@ def top_sites(effects: xarray.Dataset, k: int = 5) -> list[str]:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     check(effects, one_metric=True)
-    mean = indirect_effect(effects).mean(("case", "draw"))
+    mean = indirect_effect(without_bad_rows(effects)).mean(("case", "draw"))
     best = mean.max([dim for dim in mean.dims if dim != "site"])
     order = numpy.argsort(-best.values, kind="stable")
     return [str(best.site.values[i]) for i in order[:k] if not numpy.isnan(best.values[i])]
-
-
-def warn_of_missing(effects: xarray.Dataset) -> None:
-    """Warns if a metric was not a number for a row that ran, naming sites."""
-    ran = ~numpy.isnan(effects.sham)
-    bad = numpy.isnan(effects.restored) & ran
-    sites = [str(site) for site in effects.site.values[bad.any([dim for dim in bad.dims if dim != "site"]).values]]
-    controls = int(numpy.isnan(effects.clean).sum() + numpy.isnan(effects.corrupted).sum())
-    if sites or controls:
-        warnings.warn(
-            f"the metric is not a number for {controls} control runs and for restorations at {sites}", stacklevel=3
-        )
 
 
 def _example() -> xarray.Dataset:

@@ -84,7 +84,9 @@ def find_text_layers(
     for m in range(1, max_layers + 1):
         runs = [names[first : first + m] for first in range(len(names) - m + 1)]
         maps.append(trace(pipe, cases, sites=runs, backend="direct_effect", mode=mode, **options))
-        (best,) = top_sites(maps[-1], k=1)
+        if not (largest := top_sites(maps[-1], k=1)):
+            raise ValueError("the metric is finite for no run of layers in every case: see the warnings")
+        (best,) = largest
         shares = indirect_effect(maps[-1], normalize=True).sel(site=best)
         reached = float(shares.mean("draw").mean())
         if reached >= share:

@@ -9,9 +9,9 @@ import xarray
 from diffusers import DiffusionPipeline
 
 from mediation.attribution import attribution_patching
+from mediation.badrows import warn_of_bad_rows
 from mediation.cases import Case
 from mediation.direct import direct_effect, text_layers
-from mediation.effects import warn_of_missing
 from mediation.metrics import Metric, metric_name, metric_options
 from mediation.pipelines import tokenizers_of
 from mediation.plans import Plan, make_plan
@@ -154,7 +154,7 @@ def trace(
         attributes["verify"] = verify
     effects = label(plan, values)
     effects.attrs = attributes | plan_attributes(pipe, plan)
-    warn_of_missing(effects)
+    warn_of_bad_rows(effects)
     return effects
 
 

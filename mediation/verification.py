@@ -99,10 +99,12 @@ def verification(
     check(effects, one_metric=True)
     if "exact" not in effects or "sampled" not in effects:
         raise ValueError('this map was not verified: trace with backend="attribution_patching" and verify=…')
-    exact = effects.assign(restored=effects.exact)
+    exact = effects.assign(restored=effects.exact, sham=effects.sham.where(effects.exact.notnull()))
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
     is_drawn = effects.sampled == 1
-    pairs = [found.assign(restored=found.restored.where(is_drawn)) for found in (effects, exact)]
+    pairs = [
+        found.assign({name: found[name].where(is_drawn) for name in ("sham", "restored")}) for found in (effects, exact)
+    ]
     ranks = compare(*pairs, k=1, **options).sel(statistic="spearman")
     largest = compare(effects, exact, k=k, **options).sel(statistic="overlap")
     differences = (indirect_effect(pairs[0]) - indirect_effect(pairs[1])).mean("draw")

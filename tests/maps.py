@@ -23,7 +23,7 @@ def make_map(restored, *, sites=SITES, prompts=None, **labels) -> xarray.Dataset
         {
             "clean": (whole, numpy.ones(shape)),
             "corrupted": (whole, numpy.zeros(shape)),
-            "sham": (dims, numpy.zeros(restored.shape)),
+            "sham": (dims, numpy.where(numpy.isnan(restored), numpy.nan, 0.0)),  # NaN is what never ran
             "restored": (dims, restored),
         },
         coords={"case": range(restored.shape[0]), "draw": range(restored.shape[1]), **labels},

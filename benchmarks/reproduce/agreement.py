@@ -18,6 +18,7 @@ from scipy import stats
 
 from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Claim, Estimate, Finding, by_place
 from mediation import indirect_effect
+from mediation.badrows import without_bad_rows
 from mediation.intervals import nanmean
 
 # a gap that is smaller is no difference to speak of
@@ -74,7 +75,7 @@ def judge_gap(within: Estimate, gap: Estimate) -> tuple[str, str]:
 
 def _halves(effects: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Indirect effects (case, site) of every other case, and of those between."""
-    values = by_place(indirect_effect(effects)).mean("draw").transpose("case", "place").values
+    values = by_place(indirect_effect(without_bad_rows(effects))).mean("draw").transpose("case", "place").values
     return values[::2], values[1::2]
 
 

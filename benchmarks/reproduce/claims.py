@@ -23,6 +23,7 @@ import numpy
 import xarray
 
 from benchmarks.reproduce.simultaneous import ratio_intervals
+from mediation.badrows import without_bad_rows
 from mediation.effects import masked_effects, noise_floor
 
 MARGIN = 0.1
@@ -208,7 +209,7 @@ def by_place(indirect: xarray.DataArray) -> xarray.DataArray:
 
 def _counted(effects: xarray.Dataset) -> tuple[xarray.DataArray, xarray.DataArray]:
     """Indirect and total effects (case[, place]) of runs whose total effect exceeds the noise floor."""
-    indirect, total = masked_effects(effects)
+    indirect, total = masked_effects(without_bad_rows(effects))
     return by_place(indirect).transpose("case", "draw", "place").mean("draw"), total.mean("draw")
 
 

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.places import Moment, find_site
 from mediation.autoencoders.splicing import check_spliceable, spliced
+from mediation.badrows import warn_of_bad_rows, without_bad_rows
 from mediation.cases import Case
-from mediation.effects import indirect_effect, warn_of_missing
+from mediation.effects import indirect_effect
 from mediation.metrics import Metric
 from mediation.plans import Plan, make_plan
 from mediation.restoration import restoration
@@ -107,12 +108,14 @@ def trace_latents(
     effects = label(plan, restoration(pipe, plan)).rename(token="latent")
     effects.attrs = {"backend": "latents", "latent_mode": mode, "autoencoder": json.dumps(sae.config)}
     effects.attrs |= plan_attributes(pipe, plan)
-    warn_of_missing(effects)
+    warn_of_bad_rows(effects)
     return effects
 
 
 def top_latents(effects: xarray.Dataset, k: int = 5) -> list[int]:
     """The k latents with the largest mean indirect effect, largest first; over windows, at their best.
+
+    Those of which some row is not finite are left out, with a warning.
 
     Raises:
         ValueError: if k is not positive, or `effects` is no map of latents, or one of several metrics.
@@ -122,7 +125,7 @@ def top_latents(effects: xarray.Dataset, k: int = 5) -> list[int]:
     check(effects, one_metric=True)
     if "latent" not in effects.dims:
         raise ValueError("expected a map that mediation.trace_latents returns, but it has no dimension 'latent'")
-    mean = indirect_effect(effects).mean(("case", "draw"))
+    mean = indirect_effect(without_bad_rows(effects)).mean(("case", "draw"))
     best = mean.max([dim for dim in mean.dims if dim != "latent"])
     order = numpy.argsort(-best.values, kind="stable")
     return [int(best.latent.values[i]) for i in order[:k] if not numpy.isnan(best.values[i])]

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as numpy_st
 from scipy import stats
 
 import mediation
-from mediation.effects import noise_floor, warn_of_missing
+from mediation.effects import noise_floor
 
 
 def make(clean, corrupted, restored, sham=None, sites=("unet.down.0.0.resnet", "unet.mid.0.resnet")):
@@ -159,19 +159,12 @@ def test_top_sites_are_sorted_and_do_not_depend_on_the_order_of_sites(restored, 
 
 def test_top_sites_take_the_best_token_and_skip_what_never_ran():
     effects = make([[1]], [[0]], [[[1, 2]]])
-    by_token = (("case", "draw", "site", "token"), [[[[0.0, 5.0], [2.0, numpy.nan]]]])
-    effects = effects.assign(restored=by_token, sham=(by_token[0], numpy.zeros((1, 1, 2, 2)))).assign_coords(
-        token=["subject", "eos"]
-    )
+    by_token = xarray.DataArray([[[[0.0, 5.0], [2.0, numpy.nan]]]], dims=("case", "draw", "site", "token"))
+    effects = effects.assign(restored=by_token, sham=0 * by_token).assign_coords(token=["subject", "eos"])
     assert mediation.top_sites(effects, k=2) == ["unet.down.0.0.resnet", "unet.mid.0.resnet"]
-    effects["restored"] = effects.restored.where(effects.site != "unet.mid.0.resnet")
+    for name in ("restored", "sham"):
+        effects[name] = effects[name].where(effects.site != "unet.mid.0.resnet")
     assert mediation.top_sites(effects, k=2) == ["unet.down.0.0.resnet"]
-
-
-def test_a_metric_that_is_not_a_number_is_reported_with_its_site():
-    effects = make([[1]], [[0]], [[[numpy.nan, 2]]])
-    with pytest.warns(UserWarning, match=r"unet\.down\.0\.0\.resnet"):
-        warn_of_missing(effects)
 
 
 def test_what_is_no_map_is_refused():

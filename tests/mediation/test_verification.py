@@ -52,7 +52,7 @@ def test_perfect_estimates_are_told_from_reversed_ones(checked):
     variants = {
         "same": checked.assign(restored=checked.exact.fillna(0)),
         "opposite": checked.assign(restored=-checked.exact.fillna(0)),
-        "shifted": checked.assign(restored=checked.exact + 3),
+        "shifted": checked.assign(restored=checked.exact.fillna(0) + 3),
     }
     found = {
         name: mediation.verification(variant, k=2, n_resamples=20).estimate.values for name, variant in variants.items()
