@@ -6,6 +6,8 @@ import numpy
 import xarray
 from scipy import stats
 
+_BATCH = 2**22  # numbers that resamples may take at a time: a few ten MB
+
 
 def check_interval(confidence: float, method: str) -> None:
     """Checks the options that all intervals share.
@@ -45,7 +47,7 @@ def mean_interval(
     point = statistic(*arrays)
     low = high = numpy.full_like(point, numpy.nan)
     if values.sizes["case"] > 1:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), numpy.errstate(invalid="ignore"):
             # BCa of a constant column is undefined; its interval is NaN, which says so.
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             found = stats.bootstrap(
@@ -57,6 +59,7 @@ def mean_interval(
                 confidence_level=confidence,
                 n_resamples=n_resamples,
                 method=method,
+                batch=max(1, _BATCH // values.size),
                 rng=numpy.random.default_rng(seed),
             )
         low, high = found.confidence_interval

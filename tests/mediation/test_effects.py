@@ -9,7 +9,9 @@ from hypothesis.extra import numpy as numpy_st
 from scipy import stats
 
 import mediation
+from mediation import intervals
 from mediation.effects import noise_floor
+from mediation.intervals import nanmean
 
 
 def make(clean, corrupted, restored, sham=None, sites=("unet.down.0.0.resnet", "unet.mid.0.resnet")):
@@ -106,6 +108,24 @@ def test_the_interval_is_scipys_bootstrap_over_cases_of_draw_means():
     assert summary.low.item() == pytest.approx(expected.low, abs=0.15)
     assert summary.high.item() == pytest.approx(expected.high, abs=0.15)
     assert summary.n.values.tolist() == [12]
+
+
+@pytest.mark.parametrize("method", ["percentile", "BCa"])
+def test_the_interval_takes_bounded_memory_and_is_the_same(monkeypatch, method):
+    restored = numpy.random.default_rng(0).normal(size=(5, 1, 100))
+    effects = make(numpy.ones((5, 1)), numpy.zeros((5, 1)), restored, sites=[f"unet.{i}.resnet" for i in range(100)])
+    options = {"n_resamples": 200, "method": method, "normalize": True}
+    whole = mediation.summarize(effects, **options)
+    sizes = []
+
+    def measured(sample, axis):
+        sizes.append(sample.size)
+        return nanmean(sample, axis)
+
+    monkeypatch.setattr(intervals, "_BATCH", 20_000)
+    monkeypatch.setattr(intervals, "nanmean", measured)
+    xarray.testing.assert_identical(mediation.summarize(effects, **options), whole)
+    assert 10_000 < max(sizes) <= 20_000
 
 
 def test_a_single_case_has_no_interval():
