@@ -16,6 +16,8 @@ _HARMLESS_HOOKS = {
 }
 # packages that put a forward of their own in place of a module's, to reuse what earlier steps computed
 _CACHING_PACKAGES = {"DeepCache", "cache_dit", "tgate"}
+# schedulers that draw noise of their own for every row, which neither the seed of a case nor its generators reach
+_UNSEEDED_SCHEDULERS = {"DPMSolverSDEScheduler"}
 
 
 def check_traceable(pipe: DiffusionPipeline) -> None:
@@ -25,11 +27,18 @@ def check_traceable(pipe: DiffusionPipeline) -> None:
     CPU are no obstacle. Caches that are not known here are found out while tracing: see `rows.intervening`.
 
     Raises:
-        ValueError: if something is compiled, cached or offloaded layer by layer, or sampling needs more than text.
+        ValueError: if something is compiled, cached or offloaded layer by layer, sampling needs more than text, or the
+            scheduler's noise cannot be the same in all runs.
     """
     family = family_of(pipe)
     if problem := family.sampling_problem(pipe):
         raise ValueError(f"this {type(pipe).__name__} cannot be traced: {problem}")
+    if unseeded := _UNSEEDED_SCHEDULERS & {ancestor.__name__ for ancestor in type(pipe.scheduler).__mro__}:
+        raise ValueError(
+            f"this {type(pipe).__name__} cannot be traced: its {min(unseeded)} draws noise of its own for every run,"
+            ' and no seed reaches it; use DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), which solves'
+            " the same equation with the noise of a generator"
+        )
     for network in (*(encoder for encoder, _ in family.text_encoders), family.denoiser):
         for path, module in getattr(pipe, network).named_modules():
             if obstacle := _compiled(module) or _cached(module) or _offloaded(module):

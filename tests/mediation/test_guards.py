@@ -2,6 +2,7 @@
 
 import types
 
+import diffusers
 import pytest
 import torch
 
@@ -109,6 +110,25 @@ def test_whole_models_may_be_offloaded_and_single_layers_may_not(fresh_pipe, mon
     mediation.trace(fresh_pipe, CASE, sites=["unet.mid.0.resnet"], **OPTIONS)
     fresh_pipe.unet.conv_in.to("meta")
     refused(fresh_pipe, monkeypatch, r"unet\.conv_in is offloaded layer by layer.*enable_model_cpu_offload")
+
+
+# this scheduler of diffusers makes arrays of tensors in a way that numpy 2 deprecates
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_schedulers_whose_noise_has_no_seed_are_refused(fresh_pipe, monkeypatch):
+    """The one of diffusers needs torchsde to be imported; what is known of it is its name."""
+    scheduler = type("DPMSolverSDEScheduler", (diffusers.DDIMScheduler,), {})
+    for derived in (scheduler, type("Mine", (scheduler,), {})):
+        fresh_pipe.scheduler = derived.from_config(fresh_pipe.scheduler.config)
+        with monkeypatch.context() as patch:
+            refused(
+                fresh_pipe, patch, r"its DPMSolverSDEScheduler draws noise of its own.*DPMSolverMultistepScheduler\("
+            )
+    seeded = diffusers.DPMSolverMultistepScheduler.from_config(
+        fresh_pipe.scheduler.config, algorithm_type="sde-dpmsolver++"
+    )
+    fresh_pipe.scheduler = seeded
+    effects = mediation.trace(fresh_pipe, CASE, sites=["unet.mid.0.resnet"], **OPTIONS)
+    assert float(abs(effects.sham - effects.corrupted).max()) < 1e-4 * float(mediation.total_effect(effects).max())
 
 
 @pytest.mark.parametrize(
