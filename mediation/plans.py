@@ -187,8 +187,8 @@ def _check_groups(pipe, sites, tokens, windows, branch) -> tuple[tuple[Site, ...
         groups = [group for group in groups if group[0].network not in encoders]
     if branch == "uncond" and any(site.network in encoders for group in groups for site in group):
         raise ValueError('text-encoder sites feed the conditional half only: branch must be "cond" or "both"')
-    names = [group_name(group) for group in groups]
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    together = [frozenset(group) for group in groups]
+    if repeated := [group_name(group) for i, group in enumerate(groups) if together[i] in together[:i]]:
         raise ValueError(f"the same sites are given twice: {', '.join(repeated)}")
     for group in groups:
         for site in group:

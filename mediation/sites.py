@@ -151,6 +151,7 @@ def resolve(pipe: DiffusionPipeline, chosen: list | None) -> list[tuple[Site, ..
     Raises:
         KeyError: if a name is no site of this pipeline.
         TypeError: if an entry is neither a site nor a name.
+        ValueError: if there is none, or one is named twice in a group.
     """
 
     @functools.cache
@@ -174,4 +175,7 @@ def resolve(pipe: DiffusionPipeline, chosen: list | None) -> list[tuple[Site, ..
     groups = [tuple(map(one, entry)) if isinstance(entry, list | tuple) else (one(entry),) for entry in chosen]
     if not groups or not all(groups):
         raise ValueError("no sites were given: pass None for all, or a list of sites or names")
+    for group in groups:
+        if len(set(group)) < len(group):
+            raise ValueError(f"sites that are changed together are each named once, got {group_name(group)!r}")
     return groups

@@ -252,6 +252,16 @@ def test_errors_that_fewer_rows_cannot_mend_are_raised(tiny_pipe, monkeypatch, m
         ({"backend": "magic"}, ValueError, "no backend"),
         ({"sites": ["unet.nowhere"]}, KeyError, "no site 'unet.nowhere'"),
         ({"sites": []}, ValueError, "no sites were given"),
+        (
+            {"sites": [["unet.mid.0.resnet", "unet.mid.0.resnet"]]},
+            ValueError,
+            "each named once, got 'unet.mid.0.resnet",
+        ),
+        (
+            {"sites": [["unet.mid.0.resnet", "unet.mid.1.resnet"], ["unet.mid.1.resnet", "unet.mid.0.resnet"]]},
+            ValueError,
+            "the same sites are given twice: unet.mid.1.resnet",
+        ),
         ({"sites": [3]}, TypeError, "Site objects or names"),
         ({"mode": "delete"}, ValueError, "mode must be 'restore' or 'knock_out'"),
         ({"branch": "left"}, ValueError, "branch must be"),
