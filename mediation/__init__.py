@@ -21,7 +21,7 @@ from mediation.autoencoders import (
     train_sae,
     write_sheet,
 )
-from mediation.cases import Case, GaussianNoise, ReplaceSubject
+from mediation.cases import Case, GaussianNoise, ReplaceSubject, ZeroSubject
 from mediation.comparison import compare, contrast
 from mediation.components import attribute
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
@@ -47,6 +47,7 @@ __all__ = [
     "ReplaceSubject",
     "Site",
     "SparseAutoencoder",
+    "ZeroSubject",
     "attribute",
     "collect_activations",
     "compare",

@@ -6,29 +6,38 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from mediation.cases import Case, GaussianNoise, ReplaceSubject
+from mediation.cases import Case, Corruption, GaussianNoise, ReplaceSubject, ZeroSubject
 
 _COLUMNS = ("prompt", "subject", "attribute", "seed")
 
 
-def parse_corruption(text: str, draws: int = 1) -> GaussianNoise | ReplaceSubject:
-    """The corruption that "noise", "noise:SCALE" or "replace:TEXT" stands for.
+def parse_corruption(text: str, draws: int = 1, where: str = "input") -> Corruption:
+    """The corruption that "noise", "noise:SCALE", "zero" or "replace:TEXT" stands for.
+
+    Args:
+        text: which one.
+        draws: independent noises per case; of anything else, 1.
+        where: "input" or "output", for noise and zeros.
 
     Example:
         >>> parse_corruption("noise:2.5", draws=4)
         GaussianNoise(scale=2.5, draws=4, where='input')
     """
     kind, _, value = text.partition(":")
+    if kind in ("replace", "zero") and draws != 1:
+        raise ValueError(f"a subject that is replaced or zero has nothing random, so one draw; got {draws} draws")
     if kind == "replace":
-        if draws != 1:
-            raise ValueError(f"a replaced subject has nothing random, so it has one draw; got {draws} draws")
+        if where != "input":
+            raise ValueError(f'a subject is replaced in the prompt: where must be "input", got {where!r}')
         return ReplaceSubject(value)
+    if text == "zero":
+        return ZeroSubject(where)
     try:
         if kind == "noise":
-            return GaussianNoise(float(value or GaussianNoise.scale), draws)
+            return GaussianNoise(float(value or GaussianNoise.scale), draws, where)
     except ValueError as error:
         raise ValueError(f"cannot make noise of {text!r}, {draws} draws: {error}") from error
-    raise ValueError(f'a corruption is "noise", "noise:SCALE" or "replace:TEXT", got {text!r}')
+    raise ValueError(f'a corruption is "noise", "noise:SCALE", "zero" or "replace:TEXT", got {text!r}')
 
 
 def parse_tokens(text: str | None) -> str | list[str | int] | None:
@@ -47,7 +56,7 @@ def collect_cases(
     path: pathlib.Path | None,
     prompts: Sequence[str],
     subjects: Sequence[str],
-    corruption: GaussianNoise | ReplaceSubject,
+    corruption: Corruption,
     seed: int = 0,
 ) -> tuple[list[Case], list[str]]:
     """Cases of a file, or of prompts and subjects, and the attribute of each."""
@@ -60,9 +69,7 @@ def collect_cases(
     return pair_cases(prompts, subjects, corruption, seed), [""] * len(prompts)
 
 
-def pair_cases(
-    prompts: Sequence[str], subjects: Sequence[str], corruption: GaussianNoise | ReplaceSubject, seed: int = 0
-) -> list[Case]:
+def pair_cases(prompts: Sequence[str], subjects: Sequence[str], corruption: Corruption, seed: int = 0) -> list[Case]:
     """One case per prompt, with a subject of its own or the only one.
 
     Example:
@@ -75,9 +82,7 @@ def pair_cases(
     return [Case(*pair, corruption, seed) for pair in zip(prompts, subjects, strict=True)]
 
 
-def read_cases(
-    path: str | pathlib.Path, corruption: GaussianNoise | ReplaceSubject, seed: int = 0
-) -> tuple[list[Case], list[str]]:
+def read_cases(path: str | pathlib.Path, corruption: Corruption, seed: int = 0) -> tuple[list[Case], list[str]]:
     """Cases from a CSV file with a header, or a JSON list of objects: prompt, subject and, if need be, attribute, seed.
 
     Args:
@@ -107,7 +112,7 @@ def read_cases(
     return cases, [str(row.get("attribute") or "") for row in rows]
 
 
-def _case(row: dict, corruption: GaussianNoise | ReplaceSubject, seed: int) -> Case:
+def _case(row: dict, corruption: Corruption, seed: int) -> Case:
     if not isinstance(row, dict) or not {"prompt", "subject"} <= set(row) <= set(_COLUMNS):
         found = list(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"its columns are {found}; expected prompt, subject and perhaps attribute, seed")

@@ -17,6 +17,11 @@ _MAX_SEED = 2**64 - 2
 TOKEN_GROUPS = ("bos", "before", "subject", "last_subject", "after", "eos", "padding", "all")
 
 
+def _check_where(where: str) -> None:
+    if where not in ("input", "output"):
+        raise ValueError(f'where must be "input" or "output", got {where!r}')
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianNoise:
     """Adds Gaussian noise to the subject's tokens (Basu et al. 2024, arXiv:2310.13730; ROME, arXiv:2202.05262).
@@ -43,8 +48,7 @@ class GaussianNoise:
             raise ValueError(f"scale must be positive, got {self.scale}")
         if not (isinstance(self.draws, int) and self.draws >= 1):
             raise ValueError(f"draws must be a positive integer, got {self.draws!r}")
-        if self.where not in ("input", "output"):
-            raise ValueError(f'where must be "input" or "output", got {self.where!r}')
+        _check_where(self.where)
 
     def noise(self, shape: tuple[int, ...], seed: int, draw: int, stream: int = 0) -> torch.Tensor:
         """Standard normal noise that depends on the case's seed, the draw and the stream alone, never on the batch."""
@@ -72,6 +76,29 @@ class ReplaceSubject:
 
 
 @dataclasses.dataclass(frozen=True)
+class ZeroSubject:
+    """Sets the embeddings of the subject's tokens to zero, which is no draw of anything: one per case.
+
+    Args:
+        where: "input" or "output", as of `GaussianNoise`: the token embeddings of every text encoder, or what the
+            denoiser reads of the subject's tokens and of a pooled embedding.
+
+    Example:
+        >>> Case("a cat in the style of ink", subject="ink", corruption=ZeroSubject()).corrupted_prompt
+        'a cat in the style of ink'
+    """
+
+    where: Literal["input", "output"] = "input"
+    draws: ClassVar[int] = 1
+
+    def __post_init__(self):
+        _check_where(self.where)
+
+
+Corruption = GaussianNoise | ReplaceSubject | ZeroSubject
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One causal experiment: a prompt, its subject, a corruption and a seed.
 
@@ -81,7 +108,7 @@ class Case:
     Args:
         prompt: the caption.
         subject: words of the prompt that carry the attribute under study.
-        corruption: `GaussianNoise(...)` or `ReplaceSubject(...)`.
+        corruption: `GaussianNoise(...)`, `ReplaceSubject(...)` or `ZeroSubject(...)`.
         seed: of the starting latent and of the noise, from 0 to 2⁶⁴ − 2.
 
     Raises:
@@ -94,7 +121,7 @@ class Case:
 
     prompt: str
     subject: str
-    corruption: GaussianNoise | ReplaceSubject = GaussianNoise()
+    corruption: Corruption = GaussianNoise()
     seed: int = 0
 
     def __post_init__(self):
@@ -104,8 +131,11 @@ class Case:
             inside = self.subject.lower() in self.prompt.lower()
             hint = "it occurs only inside a longer word" if inside else "it must occur word for word"
             raise ValueError(f"the subject {self.subject!r} is not in the prompt {self.prompt!r}: {hint}")
-        if not isinstance(self.corruption, GaussianNoise | ReplaceSubject):
-            raise TypeError(f"corruption must be GaussianNoise or ReplaceSubject, got {type(self.corruption).__name__}")
+        if not isinstance(self.corruption, Corruption):
+            raise TypeError(
+                "corruption must be a GaussianNoise, ReplaceSubject or ZeroSubject, got"
+                f" {type(self.corruption).__name__}"
+            )
         if not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED:
             raise ValueError(f"seed must be an integer from 0 to 2**64 - 2, got {self.seed!r}")
 
@@ -125,7 +155,7 @@ class Case:
         return self._corrupted()[1]
 
     def _corrupted(self) -> tuple[str, tuple[tuple[int, int], ...]]:
-        if isinstance(self.corruption, GaussianNoise):
+        if not isinstance(self.corruption, ReplaceSubject):
             return self.prompt, self.spans
         text, spans, position = "", [], 0
         for start, stop in self.spans:

@@ -60,7 +60,10 @@ def trace(
         pathlib.Path | None, typer.Option(help="CSV or JSON with prompt, subject and perhaps attribute, seed.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of cases that have none of their own.")] = 0,
-    corruption: Annotated[str, typer.Option(help="noise, noise:SCALE or replace:TEXT.")] = "noise",
+    corruption: Annotated[str, typer.Option(help="noise, noise:SCALE, zero or replace:TEXT.")] = "noise",
+    where: Annotated[
+        str, typer.Option(help="Noise and zeros: at the text encoders' input, or their output.")
+    ] = "input",
     draws: Annotated[int, typer.Option(help="Independent noises per case.")] = 1,
     model: _Model = None,
     sites: Annotated[str | None, typer.Option(help="Only sites whose name matches this glob.")] = None,
@@ -91,7 +94,7 @@ def trace(
     """
     if output is not None:
         mapfiles.check_path(output)
-    corrupted_by = casefiles.parse_corruption(corruption, draws)
+    corrupted_by = casefiles.parse_corruption(corruption, draws, where)
     found, attributes = casefiles.collect_cases(cases, prompt, subject, corrupted_by, seed)
     pipe = mediation.load_pipeline(model)
     effects = mediation.trace(

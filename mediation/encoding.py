@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mediation import interventions
-from mediation.cases import Case, GaussianNoise, align, group_positions, segments
+from mediation.cases import Case, ZeroSubject, align, group_positions, segments
 from mediation.hooks import Change
 from mediation.interventions import Copy
 from mediation.pipelines import family_of, tokenizers_of
@@ -31,16 +31,16 @@ def encode_in_graph(
     prompts = [case.prompt] * (N_CONTROLS + len(rows))
     for row in corrupted:
         prompts[row] = case.corrupted_prompt
-    where = case.corruption.where if isinstance(case.corruption, GaussianNoise) else None
+    where = getattr(case.corruption, "where", None)  # replacing the subject has changed the prompt instead
 
     def copies(target: Target, features: slice) -> list[Copy]:
         taken = target.intervention
         return [Copy(taken.donor, target.row, taken.positions(target.site.network), features)]
 
-    noise = _input_noise(pipe, case, draw, corrupted) if where == "input" else ()
-    with intervening(pipe, rows, list(tokenizers_of(pipe)), copies, also=noise):
+    inputs = _corrupted_inputs(pipe, case, draw, corrupted) if where == "input" else ()
+    with intervening(pipe, rows, list(tokenizers_of(pipe)), copies, also=inputs):
         conditioning = family_of(pipe).encode(pipe, prompts)
-    return _add_output_noise(pipe, case, draw, corrupted, conditioning) if where == "output" else conditioning
+    return _corrupted_outputs(pipe, case, draw, corrupted, conditioning) if where == "output" else conditioning
 
 
 def clean_groups(tokenizer: PreTrainedTokenizerBase, case: Case) -> dict[str, tuple[int, ...]]:
@@ -59,36 +59,46 @@ def token_pairs(
     return tuple((position, partners[position]) for position in positions if position in partners)
 
 
-def _input_noise(pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[int]) -> list[tuple[nn.Module, Change]]:
-    """Noise on the subject's tokens as every text encoder embeds them."""
+def _corrupted_inputs(
+    pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[int]
+) -> list[tuple[nn.Module, Change]]:
+    """Corrupts the subject's tokens as every text encoder embeds them."""
     return [
-        _noisy_embedding(getattr(pipe, encoder).get_input_embeddings(), tokenizer, case, (draw, stream), rows)
+        _corrupted_embedding(getattr(pipe, encoder).get_input_embeddings(), tokenizer, case, (draw, stream), rows)
         for stream, (encoder, tokenizer) in enumerate(tokenizers_of(pipe).items())
     ]
 
 
-def _noisy_embedding(table, tokenizer, case: Case, number: tuple[int, int], rows) -> tuple[nn.Module, Change]:
+def _corrupted_embedding(table, tokenizer, case: Case, number: tuple[int, int], rows) -> tuple[nn.Module, Change]:
     positions = clean_groups(tokenizer, case)["subject"]
-    values = _noise(case, number, positions, table.weight)
-    return table, lambda output: interventions.add(output, rows, positions, values)
+    return table, lambda output: _corrupt(case, number, output, rows, positions, table.weight)
 
 
-def _add_output_noise(
+def _corrupted_outputs(
     pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[int], conditioning: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Noise on what the denoiser reads of the subject's tokens, and on all of a pooled embedding."""
+    """Corrupts what the denoiser reads of the subject's tokens, and all of a pooled embedding."""
     conditioning = dict(conditioning)
     tokenizers = tokenizers_of(pipe)
     for stream, (keyword, encoder, features) in enumerate(family_of(pipe).text_outputs(pipe)):
         states = conditioning[keyword] if encoder else conditioning[keyword][:, None]
         positions = clean_groups(tokenizers[encoder], case)["subject"] if encoder else (0,)
-        values = _noise(case, (draw, stream), positions, states[CLEAN][..., features])
-        states = interventions.add(states, rows, positions, values, features)
+        states = _corrupt(case, (draw, stream), states, rows, positions, states[CLEAN][..., features], features)
         conditioning[keyword] = states if encoder else states[:, 0]
     return conditioning
 
 
-def _noise(case: Case, number: tuple[int, int], positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """Noise (position, feature) in standard deviations of `like`; `number` is its draw and stream."""
-    values = case.corruption.noise((len(positions), like.shape[-1]), case.seed, *number).to(like.device)
-    return case.corruption.scale * like.float().std() * values
+def _corrupt(
+    case: Case,
+    number: tuple[int, int],
+    states: torch.Tensor,
+    rows: Sequence[int],
+    positions: Sequence[int],
+    like: torch.Tensor,
+    features: slice = slice(None),
+) -> torch.Tensor:
+    """Zeros, or adds noise in standard deviations of `like`; `number` is the noise's draw and stream."""
+    if isinstance(case.corruption, ZeroSubject):
+        return interventions.zero(states, rows, positions, features)
+    noise = case.corruption.noise((len(positions), like.shape[-1]), case.seed, *number).to(like.device)
+    return interventions.add(states, rows, positions, case.corruption.scale * like.float().std() * noise, features)

@@ -78,6 +78,21 @@ def first_order(
     return (gradient.to(wide) * (restored.to(wide) - target.to(wide))).sum()
 
 
+def zero(
+    rows: torch.Tensor, chosen: Iterable[int], positions: Sequence[int], features: slice = slice(None)
+) -> torch.Tensor:
+    """Sets the given token positions and features of the chosen rows to zero.
+
+    Example:
+        >>> zero(torch.ones(2, 2, 1), chosen=[1], positions=[0]).flatten().tolist()
+        [1.0, 1.0, 0.0, 1.0]
+    """
+    changed = rows.clone()
+    for row in chosen:
+        changed[row, list(positions), features] = 0
+    return changed
+
+
 def add(
     rows: torch.Tensor,
     chosen: Iterable[int],

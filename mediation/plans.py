@@ -122,8 +122,8 @@ def make_plan(
     for case in cases:
         if traces_text and getattr(case.corruption, "where", "input") == "output":
             raise ValueError(
-                'noise with where="output" enters behind the text encoder, so restoring sites of the text encoder'
-                ' cannot matter: choose sites of the denoiser, or where="input"'
+                'a corruption with where="output" enters behind the text encoder, so restoring sites of that cannot'
+                ' matter: choose sites of the denoiser, or where="input"'
             )
         for tokenizer in tokenizers.values():  # raises if a subject is truncated
             for prompt in (case.prompt, case.corrupted_prompt):

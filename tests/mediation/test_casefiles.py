@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mediation import Case, GaussianNoise, ReplaceSubject
+from mediation import Case, GaussianNoise, ReplaceSubject, ZeroSubject
 from mediation.casefiles import collect_cases, parse_corruption, parse_tokens, read_cases
 
 NOISE = GaussianNoise(2.0)
@@ -74,6 +74,8 @@ def test_cases_come_from_one_place(tmp_path):
 def test_corruptions_and_tokens():
     assert parse_corruption("noise") == GaussianNoise()
     assert parse_corruption("noise:1.5", 2) == GaussianNoise(1.5, 2)
+    assert parse_corruption("noise", where="output") == GaussianNoise(where="output")
+    assert (parse_corruption("zero"), parse_corruption("zero", 1, "output")) == (ZeroSubject(), ZeroSubject("output"))
     assert parse_corruption("replace:red: dog") == ReplaceSubject("red: dog")
     assert parse_tokens("subject,eos, 12") == ["subject", "eos", 12]
     assert (parse_tokens("each"), parse_tokens(None)) == ("each", None)
@@ -88,6 +90,11 @@ def test_corruptions_and_tokens():
         (("noise", 0), "draws must be"),
         (("replace:",), "is empty"),
         (("replace:dog", 2), "one draw"),
+        (("zero", 2), "one draw"),
+        (("zero:1",), 'a corruption is "noise"'),
+        (("zero", 1, "middle"), 'where must be "input" or "output"'),
+        (("noise", 1, "middle"), 'where must be "input" or "output"'),
+        (("replace:dog", 1, "output"), "replaced in the prompt"),
     ],
 )
 def test_what_is_no_corruption_is_named(arguments, message):

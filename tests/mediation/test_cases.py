@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediation import Case, GaussianNoise, ReplaceSubject
+from mediation import Case, GaussianNoise, ReplaceSubject, ZeroSubject
 from mediation.cases import align, group_positions, segments
 from mediation.sampling import Sampling, sample_rows
 
@@ -57,6 +57,7 @@ def test_an_absent_subject_is_an_error(prompt, subject, message):
         lambda: GaussianNoise(draws=1.5),
         lambda: GaussianNoise(where="middle"),
         lambda: ReplaceSubject(" "),
+        lambda: ZeroSubject(where="middle"),
         lambda: Case("a cat", subject="cat", seed=-1),
         lambda: Case("a cat", subject="cat", seed=2**64 - 1),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mediation
-from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject
+from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject, ZeroSubject
 from mediation.encoding import clean_groups, encode_rows
 from mediation.hooks import hooked
 from mediation.pipelines import family_of, tokenizers_of
@@ -18,7 +18,13 @@ from tests import tiny
 from tests.runs import CASE, SAMPLING, alone, doors, hooks_of, rms
 
 CONTAINERS = ("transformer", "block")
-CORRUPTIONS = [GaussianNoise(), GaussianNoise(where="output"), ReplaceSubject("strawberry")]
+CORRUPTIONS = [
+    GaussianNoise(),
+    GaussianNoise(where="output"),
+    ReplaceSubject("strawberry"),
+    ZeroSubject(),
+    ZeroSubject(where="output"),
+]
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -212,6 +218,38 @@ def test_noise_is_in_standard_deviations_at_the_subject_alone_and_differs_by_enc
         torch.testing.assert_close(difference[list(positions)], 2.0 * reference.std() * noise, atol=1e-5, rtol=1e-4)
         noises.append(noise.flatten()[:16])
     assert not any(torch.allclose(a, b) for a, b in itertools.combinations(noises, 2))
+
+
+def test_zeros_are_what_the_encoders_make_of_an_empty_row_in_their_tables(pipe):
+    """The oracle runs the encoders with tables in which the subject's tokens are zero, and the denoiser on that."""
+    case = Case(CASE.prompt, subject="cat", corruption=ZeroSubject())
+    found = encode_rows(pipe, case, 0, [])
+    blanked = copy.deepcopy(pipe)
+    for encoder, tokenizer in tokenizers_of(pipe).items():
+        subject = clean_groups(tokenizer, case)["subject"]
+        ids = tokenizer(case.prompt).input_ids
+        assert sum(token in [ids[p] for p in subject] for token in ids) == len(subject)  # it occurs nowhere else
+        with torch.no_grad():
+            getattr(blanked, encoder).get_input_embeddings().weight[[ids[p] for p in subject]] = 0
+    for keyword, expected in family_of(pipe).encode(blanked, [case.prompt]).items():
+        torch.testing.assert_close(found[keyword][CORRUPTED], expected[0])
+        assert rms(found[keyword][CORRUPTED], found[keyword][CLEAN]) > 1e-3
+
+
+def test_zeros_behind_the_encoders_are_read_in_place_of_the_subject(pipe):
+    case = Case("an owl and a red owl in ink", subject="owl", corruption=ZeroSubject(where="output"))
+    conditioning = encode_rows(pipe, case, 0, [Intervention()])
+    for keyword, encoder, features in family_of(pipe).text_outputs(pipe):
+        clean, corrupted, sham = (conditioning[keyword][row][..., features] for row in range(3))
+        assert torch.equal(sham, corrupted)
+        if encoder is None:
+            assert not corrupted.any()
+            continue
+        subject = list(clean_groups(getattr(pipe, dict(family_of(pipe).text_encoders)[encoder]), case)["subject"])
+        others = [position for position in range(len(clean)) if position not in subject]
+        assert len(subject) > 1
+        assert not corrupted[subject].any()
+        assert torch.equal(corrupted[others], clean[others])
 
 
 @pytest.mark.parametrize("failing", ["unet", "text_encoder", "metric"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mediation
-from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject
+from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject, ZeroSubject
 from mediation.encoding import encode_rows
 from mediation.pipelines import family_of
 from mediation.plans import make_plan
@@ -317,6 +317,10 @@ def test_bad_cases_are_errors(tiny_pipe):
         mediation.trace(tiny_pipe, [CASE, twice], **FAST)
     with pytest.raises(ValueError, match="truncated"):
         mediation.trace(tiny_pipe, Case("cat " * 90 + "ink", subject="ink"), **FAST)
+    with pytest.raises(TypeError, match="must be a GaussianNoise, ReplaceSubject or ZeroSubject, got str"):
+        Case("a cat", subject="cat", corruption="zero")
+    with pytest.raises(ValueError, match="behind the text encoder"):
+        mediation.trace(tiny_pipe, Case("a cat", subject="cat", corruption=ZeroSubject(where="output")), **FAST)
     with pytest.raises(ValueError, match="behind the text encoder"):
         mediation.trace(tiny_pipe, Case("a cat", subject="cat", corruption=GaussianNoise(where="output")), **FAST)
     with pytest.raises(ValueError, match="one number for each"):
