@@ -16,7 +16,8 @@ from editing.edit import Edit
 from editing.suites import Suite, Trial
 from mediation import bundled
 from mediation.cases import Case
-from mediation.metrics import LPIPS, ClassProbability, CLIPScore
+from mediation.distances import LPIPS
+from mediation.metrics import ClassProbability, CLIPScore
 from mediation.parameters import digest
 from mediation.pipelines import family_of, quiet
 from mediation.provenance import provenance

@@ -24,8 +24,9 @@ from mediation.autoencoders import (
 from mediation.cases import Case, GaussianNoise, ReplaceSubject, ZeroSubject
 from mediation.comparison import compare, contrast
 from mediation.components import attribute
+from mediation.distances import LPIPS, ImageMSE, LatentDistance
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
-from mediation.metrics import LPIPS, ClassProbability, CLIPScore, LatentDistance
+from mediation.metrics import ClassProbability, CLIPScore
 from mediation.pipelines import load_pipeline
 from mediation.plots import plot_bars, plot_effects, plot_images
 from mediation.sites import Site, sites
@@ -41,6 +42,7 @@ __all__ = [
     "Case",
     "ClassProbability",
     "GaussianNoise",
+    "ImageMSE",
     "LatentDistance",
     "Place",
     "Recipe",

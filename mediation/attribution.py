@@ -17,19 +17,11 @@ from tqdm import tqdm
 
 from mediation.adjoint import differentiable, frozen
 from mediation.cases import Case
+from mediation.distances import Distance
 from mediation.encoding import encode_in_graph, encode_rows
 from mediation.hooks import Change, hooked, recorded_calls, watched
 from mediation.interventions import first_order
-from mediation.metrics import (
-    LPIPS,
-    LatentDistance,
-    Metric,
-    check_differentiable,
-    evaluate,
-    images_for,
-    metric_name,
-    score,
-)
+from mediation.metrics import Metric, check_differentiable, evaluate, images_for, metric_name, score
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.plans import Plan
 from mediation.rows import CLEAN, N_CONTROLS, Intervention, Target, changing
@@ -98,7 +90,7 @@ def _check(pipe: DiffusionPipeline, plan: Plan, integrated: int) -> None:
     if dtype == torch.float16:
         raise ValueError("gradients underflow in float16: load the pipeline in bfloat16 or float32")
     for metric in plan.metrics:
-        if plan.mode == "knock_out" and isinstance(metric, LatentDistance | LPIPS):
+        if plan.mode == "knock_out" and isinstance(metric, Distance):
             raise ValueError(
                 f"{metric_name(metric)} is least at the clean run and has no gradient there, where sites are knocked"
                 ' out: choose another metric, mode="restore" or backend="restoration"'

@@ -6,7 +6,6 @@ whose attribute `needs_images` is False gets None for images, and nothing is dec
 function must return a tensor that has them, or the metric a method `score` that does.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -38,69 +37,6 @@ class DifferentiableMetric:
     def __call__(self, images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]) -> numpy.ndarray:
         """Scores every row."""
         return self.score(images, latents, cases).double().cpu().numpy()
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentDistance(DifferentiableMetric):
-    """Minus the root mean square distance of the final latents from the clean run's; the clean run scores 0.
-
-    Example:
-        >>> LatentDistance()(None, torch.tensor([[[[0.0]]], [[[3.0]]]]), []).tolist()
-        [-0.0, -3.0]
-    """
-
-    name = "latent_distance"
-    needs_images = False
-
-    def score(self, images, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
-        """One number per row, with gradients; at the clean run there is none, the distance being least there."""
-        difference = latents.double() - latents[:1].double()
-        return -difference.square().mean((1, 2, 3)).sqrt()
-
-
-class LPIPS(DifferentiableMetric):
-    """Minus the LPIPS distance of an image from the clean run's (Zhang et al. 2018, arXiv:1801.03924); that scores 0.
-
-    It needs the extra `lpips`, which brings torchvision. The first use of a network downloads its ImageNet weights
-    from pytorch.org; they are pickled, as those of that package are.
-
-    Args:
-        net: whose features are compared: "alex", of which the authors say that it does best, "vgg" or "squeeze".
-
-    Raises:
-        ValueError: if there is no such network.
-        ImportError: if the package cannot be imported.
-
-    Example:
-        >>> distance = LPIPS("vgg")  # doctest: +SKIP
-        >>> LPIPS("resnet")
-        Traceback (most recent call last):
-        ValueError: net must be alex, vgg or squeeze, got 'resnet'
-    """
-
-    name = "lpips"
-    needs_images = True
-
-    def __init__(self, net: str = "alex"):
-        if net not in ("alex", "vgg", "squeeze"):
-            raise ValueError(f"net must be alex, vgg or squeeze, got {net!r}")
-        try:
-            import lpips
-        except ImportError as error:
-            raise ImportError(
-                f'LPIPS needs the lpips package: pip install "diffusion-mediation[lpips]" ({error})'
-            ) from error
-        self._network = lpips.LPIPS(net=net, verbose=False)
-        self.options = {"net": net}
-
-    def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
-        """One number per row, with gradients; at the clean run they are 0, the distance being least there."""
-        return -self.distance(images, images[:1])
-
-    def distance(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """LPIPS distance of each image in [0, 1] from its other one, (row,), or of all from a single one."""
-        images = images.float()
-        return self._network.to(images.device)(images, others.float(), normalize=True).flatten()
 
 
 class CLIPScore(DifferentiableMetric):
@@ -228,6 +164,7 @@ def metric_name(metric: Metric) -> str:
 def default_metric(pipe: DiffusionPipeline) -> Metric:
     """CLIPScore by the bundled scorer for the bundled pipeline; latent distance for any other."""
     from mediation import bundled
+    from mediation.distances import LatentDistance
 
     return bundled.load_scorer() if bundled.is_bundled(pipe) else LatentDistance()
 

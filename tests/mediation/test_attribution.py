@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mediation
-from mediation import Case, LatentDistance, ReplaceSubject
+from mediation import Case, ImageMSE, LatentDistance, ReplaceSubject
 from mediation.attribution import attribution_patching, radau
 from mediation.pipelines import family_of
 from mediation.plans import make_plan
@@ -227,6 +227,7 @@ def test_nothing_is_left_behind(precise):
     ("wrong", "message"),
     [
         ({"mode": "knock_out", "metric": LatentDistance()}, "latent_distance is least at the clean run"),
+        ({"mode": "knock_out", "metric": ImageMSE()}, "image_mse is least at the clean run"),
         ({"metric": lambda images, latents, cases: latents.detach().mean((1, 2, 3))}, "gives no gradient"),
         ({"metric": lambda images, latents, cases: numpy.zeros(len(latents))}, "gives no gradient"),
         ({"images": "all"}, "make no images"),

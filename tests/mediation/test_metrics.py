@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 import mediation
-from mediation import LPIPS, Case, ClassProbability, CLIPScore, LatentDistance
+from mediation import LPIPS, Case, ClassProbability, CLIPScore, ImageMSE, LatentDistance
 from mediation.metrics import metric_options
 from tests import tiny
 
@@ -34,6 +34,13 @@ def test_latent_distance_is_the_root_mean_square_to_the_first_row():
     rows = latents.numpy()
     expected = [-numpy.sqrt(((row - rows[0]) ** 2).mean()) for row in rows]
     assert LatentDistance()(None, latents, CASES) == pytest.approx(expected)
+
+
+def test_image_mse_is_the_mean_square_to_the_first_image():
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = images.double().numpy()
+    expected = [-((row - rows[0]) ** 2).mean() for row in rows]
+    assert ImageMSE()(images, None, CASES) == pytest.approx(expected, rel=1e-9)
 
 
 def test_clip_score_is_the_cosine_with_each_rows_own_prompt(clip):
@@ -109,6 +116,7 @@ def test_the_gradients_of_metrics_are_their_slopes(clip):
         CLIPScore(*clip),
         ClassProbability(lambda images: images.flatten(1) @ weights, labels=["cat", "dog", "owl"]),
         LatentDistance(),
+        ImageMSE(),
     ]
     for metric in metrics:
         given = (images, latents)
