@@ -29,7 +29,7 @@ from mediation.effects import indirect_effect, summarize, top_sites, total_effec
 from mediation.metrics import ClassProbability, CLIPScore
 from mediation.pipelines import load_pipeline
 from mediation.plots import plot_bars, plot_effects, plot_images
-from mediation.sites import Site, sites
+from mediation.sites import Site, neighbours, sites
 from mediation.textlayers import find_text_layers
 from mediation.tracing import trace
 from mediation.verification import verification
@@ -64,6 +64,7 @@ __all__ = [
     "fit_sae",
     "indirect_effect",
     "load_pipeline",
+    "neighbours",
     "open_activations",
     "plot_bars",
     "plot_effects",

@@ -105,6 +105,47 @@ def sites(
     return chosen
 
 
+def neighbours(layers: Sequence[Site], n: int) -> list[list[Site]]:
+    """Sliding windows of neighbouring layers, to be changed together (Meng et al. 2022, arXiv:2202.05262).
+
+    A layer alone may carry too little to be seen. All groups have n layers, so that their effects can be compared;
+    those of ROME are cut short at both ends.
+
+    Args:
+        layers: consecutive ones of a network and component, as `mediation.sites` lists them.
+        n: layers of each group.
+
+    Returns:
+        Groups in execution order, as `mediation.trace` takes them for `sites`; there are len(layers) − n + 1. Figures
+        call a group by the layer in its middle.
+
+    Raises:
+        TypeError: if the layers are no sites.
+        ValueError: if they are not neighbours, or fewer than n.
+
+    Example:
+        >>> import mediation
+        >>> layers = mediation.sites(mediation.load_pipeline(), network="text_encoder", component="mlp")
+        >>> [[site.layer for site in group] for group in neighbours(layers[:4], 3)]
+        [[0, 1, 2], [1, 2, 3]]
+    """
+    layers = list(layers)
+    for site in layers:
+        if not isinstance(site, Site):
+            raise TypeError(f"layers are Site objects, as mediation.sites lists them, got {type(site).__name__}")
+        if site.head is not None:
+            raise ValueError(f"neighbours are whole layers, and {site.name!r} is a single head")
+    kinds = list(dict.fromkeys(f"{site.network} {site.component}" for site in layers))
+    if len(kinds) > 1:
+        raise ValueError(f"neighbours are of one network and component, got {', '.join(kinds)}")
+    numbers = [site.layer for site in layers]
+    if any(after != before + 1 for before, after in itertools.pairwise(numbers)):
+        raise ValueError(f"neighbours follow one another, each given once and in execution order; got layers {numbers}")
+    if not (isinstance(n, int) and 1 <= n <= len(layers)):
+        raise ValueError(f"n must be an integer from 1 to the {len(layers)} layers that there are, got {n!r}")
+    return [layers[first : first + n] for first in range(len(layers) - n + 1)]
+
+
 def group_name(group: Site | str | Sequence[Site | str]) -> str:
     """How results call one site, or sites that are changed together."""
     if isinstance(group, Site | str):

@@ -1,11 +1,14 @@
 """Sites have names, and are selected by what they are; pipelines without known sites are refused."""
 
+import matplotlib.pyplot
+import numpy
 import pytest
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import mediation
 from mediation.families import StableDiffusion
 from mediation.sites import resolve
+from tests.runs import CASE
 
 
 def test_names_are_those_of_the_design(tiny_pipe):
@@ -59,6 +62,58 @@ def test_other_networks_are_not_searched_for_the_sites_of_one(tiny_pipe, monkeyp
     found = [mediation.sites(tiny_pipe, network="text_encoder", heads=heads) for heads in (False, True)]
     assert [site for part in found for site in part] == expected
     assert resolve(tiny_pipe, [site.name for site in expected]) == [(site,) for site in expected]
+
+
+def test_neighbours_are_all_runs_of_n_layers(tiny_pipe):
+    layers = mediation.sites(tiny_pipe, component="resnet")
+    for n in (1, 2, len(layers)):
+        groups = mediation.neighbours(layers, n)
+        assert all(len(group) == n for group in groups)
+        assert [group[0] for group in groups] == layers[: len(layers) - n + 1]
+        assert [site.layer for site in groups[-1]] == list(range(len(layers) - n, len(layers)))
+
+
+def test_neighbours_are_traced_and_drawn_at_their_middle(tiny_pipe):
+    groups = mediation.neighbours(mediation.sites(tiny_pipe, component="cross_attention")[:5], 3)
+    effects = mediation.trace(
+        tiny_pipe, CASE, sites=groups, metric=mediation.LatentDistance(), num_inference_steps=1, progress=False
+    )
+    middle = [group[1] for group in groups]
+    assert effects.layer.values.tolist() == [site.layer for site in middle] == [1, 2, 3]
+    assert effects.path.values.tolist() == [site.path for site in middle]
+    ax = mediation.plot_effects(effects)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cross attention, 3 together"]
+    positions = [site.name.removeprefix("unet.").removesuffix(".cross_attention") for site in middle]
+    assert [label.get_text() for label in ax.get_xticklabels()] == positions
+    numpy.testing.assert_allclose(ax.images[0].get_array()[0], mediation.indirect_effect(effects).squeeze())
+    matplotlib.pyplot.close(ax.figure)
+
+
+@pytest.mark.parametrize(
+    ("choose", "n", "error", "message"),
+    [
+        (
+            lambda resnets, others: ["unet.mid.0.resnet"],
+            1,
+            TypeError,
+            "Site objects, as mediation.sites lists them, got",
+        ),
+        (lambda resnets, others: [resnets[0], others[0]], 2, ValueError, "got unet resnet, unet feed_forward"),
+        (lambda resnets, others: resnets[::2], 2, ValueError, r"follow one another.*got layers \[0, 2"),
+        (lambda resnets, others: resnets[::-1], 2, ValueError, "in execution order"),
+        (lambda resnets, others: [resnets[0]] * 2, 2, ValueError, "each given once"),
+        (lambda resnets, others: resnets[:3], 4, ValueError, "from 1 to the 3 layers that there are, got 4"),
+        (lambda resnets, others: resnets[:3], 0, ValueError, "got 0"),
+        (lambda resnets, others: resnets[:3], 1.0, ValueError, r"got 1\.0"),
+        (lambda resnets, others: [], 1, ValueError, "the 0 layers that there are"),
+    ],
+)
+def test_what_has_no_neighbours_is_refused(tiny_pipe, choose, n, error, message):
+    resnets, others = (mediation.sites(tiny_pipe, component=component) for component in ("resnet", "feed_forward"))
+    with pytest.raises(error, match=message):
+        mediation.neighbours(choose(resnets, others), n)
+    with pytest.raises(ValueError, match="is a single head"):
+        mediation.neighbours(mediation.sites(tiny_pipe, heads=True), 2)
 
 
 def test_other_pipelines_are_refused_by_name():
