@@ -52,6 +52,23 @@ def parse_tokens(text: str | None) -> str | list[str | int] | None:
     return [int(token) if token.strip().isdigit() else token.strip() for token in text.split(",")]
 
 
+def parse_windows(text: str | None) -> str | list[tuple[float, float]] | None:
+    """The windows that fractions of sampling with commas between, or "each", stand for.
+
+    Example:
+        >>> parse_windows("0-0.5, 0.5-1")
+        [(0.0, 0.5), (0.5, 1.0)]
+    """
+    if text is None or text == "each":
+        return text
+    try:
+        # results write a dash between the fractions
+        pairs = [tuple(map(float, window.replace("–", "-").split("-"))) for window in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f'windows are fractions of sampling, as 0-0.5,0.5-1, or "each"; got {text!r}') from error
+    return pairs
+
+
 def collect_cases(
     path: pathlib.Path | None,
     prompts: Sequence[str],

@@ -12,7 +12,7 @@ import PIL.Image
 import typer
 
 import mediation
-from mediation import casefiles, mapfiles, reports, tensorfiles
+from mediation import casefiles, mapfiles, metrics, reports, tensorfiles
 from mediation.autoencoders import cli as autoencoders_cli
 from mediation.commands import add_command, new_app
 
@@ -67,9 +67,18 @@ def trace(
     draws: Annotated[int, typer.Option(help="Independent noises per case.")] = 1,
     model: _Model = None,
     sites: Annotated[str | None, typer.Option(help="Only sites whose name matches this glob.")] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Single attention heads in place of modules.")] = False,
+    metric: Annotated[
+        str | None, typer.Option(help="clip_score, latent_distance or image_mse; without it, what suits the pipeline.")
+    ] = None,
+    scorer: Annotated[str | None, typer.Option(help="Folder of a CLIP model for clip_score.")] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Token groups or positions with commas between, as subject,eos; or each.")
     ] = None,
+    windows: Annotated[
+        str | None, typer.Option(help="Fractions of sampling in which to restore, as 0-0.5,0.5-1; or each step.")
+    ] = None,
+    branch: Annotated[str, typer.Option(help="Half of the guided batch to restore: cond, uncond or both.")] = "cond",
     mode: Annotated[str, typer.Option(help="restore: is a site sufficient? knock_out: is it necessary?")] = "restore",
     backend: Annotated[
         str, typer.Option(help="restoration (exact), attribution_patching (estimates, each step) or direct_effect.")
@@ -83,6 +92,10 @@ def trace(
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows of one call of the pipeline, two controls included; less takes less memory."),
+    ] = None,
     images: Annotated[bool, typer.Option("--images", help="Keep the image of every run.")] = False,
     output: Annotated[pathlib.Path | None, typer.Option(help="Where the map goes: a .nc file or .zarr folder.")] = None,
     as_json: _Json = False,
@@ -100,15 +113,19 @@ def trace(
     effects = mediation.trace(
         pipe,
         found,
-        sites=None if sites is None else mediation.sites(pipe, name=sites),
+        sites=mediation.sites(pipe, name=sites, heads=heads) if sites is not None or heads else None,
+        metric=metrics.named_metric(pipe, metric, scorer),
         tokens=casefiles.parse_tokens(tokens),
+        windows=casefiles.parse_windows(windows),
         mode=mode,
+        branch=branch,
         backend=backend,
         integrated=integrated,
         screen=screen,
         verify=verify,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        batch_size=batch_size,
         images="all" if images else None,
     )
     if any(attributes):

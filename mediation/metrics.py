@@ -169,6 +169,37 @@ def default_metric(pipe: DiffusionPipeline) -> Metric:
     return bundled.load_scorer() if bundled.is_bundled(pipe) else LatentDistance()
 
 
+def named_metric(pipe: DiffusionPipeline, name: str | None, scorer: str | pathlib.Path | None = None) -> Metric:
+    """The metric that has this name in results.
+
+    Args:
+        pipe: the pipeline whose images it scores.
+        name: "clip_score", "latent_distance" or "image_mse"; None is the default, or CLIPScore if there is a scorer.
+        scorer: folder of the `CLIPModel` of CLIPScore; None is the bundled one, which is for the bundled pipeline.
+
+    Raises:
+        ValueError: if there is no such metric, or it has no use for a scorer, or none for this pipeline.
+
+    Example:
+        >>> import mediation
+        >>> named_metric(mediation.load_pipeline(), "image_mse")
+        ImageMSE()
+    """
+    from mediation import bundled
+    from mediation.distances import ImageMSE, LatentDistance
+
+    distances = {metric.name: metric for metric in (LatentDistance(), ImageMSE())}
+    if name not in (None, CLIPScore.name, *distances):
+        raise ValueError(f"metric must be {CLIPScore.name}, {' or '.join(distances)}, got {name!r}")
+    if scorer is not None:
+        if name in distances:
+            raise ValueError(f"a scorer is for {CLIPScore.name}, not for {name}")
+        return CLIPScore.from_pretrained(scorer)
+    if name == CLIPScore.name and not bundled.is_bundled(pipe):
+        raise ValueError(f"{CLIPScore.name} needs a CLIP model that fits this pipeline: name its folder as the scorer")
+    return distances[name] if name in distances else default_metric(pipe)
+
+
 def images_for(pipe: DiffusionPipeline, metrics: Sequence[Metric], latents: torch.Tensor) -> torch.Tensor | None:
     """Images of final latents, or None if no metric looks at them."""
     if any(getattr(metric, "needs_images", True) for metric in metrics):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mediation import Case, GaussianNoise, ReplaceSubject, ZeroSubject
-from mediation.casefiles import collect_cases, parse_corruption, parse_tokens, read_cases
+from mediation.casefiles import collect_cases, parse_corruption, parse_tokens, parse_windows, read_cases
 
 NOISE = GaussianNoise(2.0)
 CASES = [Case("a cat, asleep", "cat", NOISE, 4), Case("a dog in ink style", "ink", NOISE, 7)]
@@ -79,6 +79,11 @@ def test_corruptions_and_tokens():
     assert parse_corruption("replace:red: dog") == ReplaceSubject("red: dog")
     assert parse_tokens("subject,eos, 12") == ["subject", "eos", 12]
     assert (parse_tokens("each"), parse_tokens(None)) == ("each", None)
+    assert parse_windows("0-0.25,0.25–1") == [(0, 0.25), (0.25, 1)]
+    assert (parse_windows("each"), parse_windows(None)) == ("each", None)
+    for wrong in ("early", "0-", "-0.5", ""):
+        with pytest.raises(ValueError, match="windows are fractions of sampling"):
+            parse_windows(wrong)
 
 
 @pytest.mark.parametrize(

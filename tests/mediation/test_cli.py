@@ -102,6 +102,33 @@ def test_estimates_come_with_their_verification(run, tiny_pipe):
     assert int(open_map("screened.nc").exact.notnull().sum()) == 2
 
 
+def test_options_are_those_of_the_function(run, tiny_pipe):
+    case = mediation.Case("a red cat", subject="cat", corruption=mediation.ZeroSubject(where="output"), seed=5)
+    given = ["--prompt", case.prompt, "--subject", "cat", "--seed", 5, "--corruption", "zero", "--where", "output"]
+    given += ["--sites", "unet.mid.0.self_attention.*", "--heads", "--windows", "0-0.5,0.5-1", "--branch", "both"]
+    given += ["--batch-size", 5, "--metric", "image_mse", "--steps", 2, "--guidance-scale", 3, "--output", "map.nc"]
+    result = run("trace", *given)
+    assert result.exit_code == 0, result.output
+    expected = mediation.trace(
+        tiny_pipe,
+        case,
+        sites=mediation.sites(tiny_pipe, name="unet.mid.0.self_attention.*", heads=True),
+        windows=[(0, 0.5), (0.5, 1)],
+        branch="both",
+        batch_size=5,
+        metric=mediation.ImageMSE(),
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        progress=False,
+    )
+    found = open_map("map.nc")
+    assert found.attrs == expected.attrs
+    assert found.window.values.tolist() == ["0–0.5", "0.5–1"]
+    assert found["head"].values.tolist() == list(range(found.sizes["site"]))
+    assert (found.restored.values == expected.restored.values).all()
+    assert float(abs(found.restored).max()) > 0
+
+
 def test_a_file_of_cases_becomes_a_map_and_json(run, tmp_path):
     (tmp_path / "cases.csv").write_text(
         "prompt,subject,attribute,seed\na red cat,cat,object,1\na red cat,red,color,2\n"
@@ -142,6 +169,12 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         (["trace", "--prompt", "a cat", "--subject", "dog"], "error: the subject 'dog' is not in the prompt"),
         (["trace", "--output", "map.txt"], "error: a map is kept in a .nc file"),
         (["trace", "--output", "nowhere/map.nc"], "error: there is no folder nowhere to keep map.nc in"),
+        (
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--metric", "clip_score"],
+            "error: clip_score needs a CLIP",
+        ),
+        (["trace", "--prompt", "a cat", "--subject", "cat", "--windows", "early"], "error: windows are fractions"),
+        (["trace", "--prompt", "a cat", "--subject", "cat", "--heads", "--tokens", "eos"], "error: tokens restores"),
         (["trace"], "error: give either prompts with subjects, or a file"),
         (["trace", "--cases", "none.csv"], "No such file"),
         (["attribute", "ink", "--parameters", "engine"], "error: 'engine' matches no site"),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import transformers
 
 import mediation
-from mediation import LPIPS, Case, ClassProbability, CLIPScore, ImageMSE, LatentDistance
-from mediation.metrics import metric_options
+from mediation import LPIPS, Case, ClassProbability, CLIPScore, ImageMSE, LatentDistance, bundled
+from mediation.metrics import metric_options, named_metric
 from tests import tiny
 
 CASES = [Case("a cat", subject="cat"), Case("a dog in ink style", subject="dog")]
@@ -96,6 +96,22 @@ def test_lpips_says_what_it_needs(monkeypatch):
         LPIPS()
     with pytest.raises(ValueError, match="net must be alex, vgg or squeeze, got 'resnet'"):
         LPIPS("resnet")
+
+
+def test_metrics_have_names(tiny_pipe):
+    assert named_metric(tiny_pipe, None) == named_metric(tiny_pipe, "latent_distance") == LatentDistance()
+    assert named_metric(tiny_pipe, "image_mse") == ImageMSE()
+    folder = bundled.pipeline_folder().parent / "clip"
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    for name in (None, "clip_score"):
+        found = named_metric(tiny_pipe, name, folder)
+        assert found(images, None, CASES) == pytest.approx(bundled.load_scorer()(images, None, CASES))
+    with pytest.raises(ValueError, match="metric must be clip_score, latent_distance or image_mse, got 'fid'"):
+        named_metric(tiny_pipe, "fid")
+    with pytest.raises(ValueError, match="clip_score needs a CLIP model that fits this pipeline"):
+        named_metric(tiny_pipe, "clip_score")
+    with pytest.raises(ValueError, match="a scorer is for clip_score, not for image_mse"):
+        named_metric(tiny_pipe, "image_mse", folder)
 
 
 def test_class_probability_is_a_softmax_at_the_subject_or_the_target():
