@@ -83,6 +83,21 @@ def _measured_chunks(
                     pending = pending[n_next:]
 
 
+def n_computed_rows(n_places: int, batch_size: int) -> int:
+    """Rows of every step, for one case and draw: of so many places, of controls, and of what fills chunks up.
+
+    Rows that wait for their window take fewer steps, and running out of memory takes more rows.
+
+    Example:
+        >>> n_computed_rows(4, batch_size=4)  # two chunks of two beside two controls each, and the untouched run alone
+        9
+    """
+    n_jobs = n_places + 1  # with the untouched run
+    size = _even_size(n_jobs, batch_size - N_CONTROLS)
+    n_chunks = max(1, math.ceil(n_places / size))
+    return max(n_chunks * size, n_jobs) + n_chunks * N_CONTROLS
+
+
 def _even_size(n_jobs: int, capacity: int) -> int:
     """The size at which the fewest chunks, not counting the last job, are about equally full."""
     n_chunks = max(1, math.ceil((n_jobs - 1) / capacity))

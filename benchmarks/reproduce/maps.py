@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from mediation.metrics import Metric, metric_name
 from mediation.parameters import sha256
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.plans import make_plan
-from mediation.rows import N_CONTROLS
+from mediation.restoration import n_computed_rows
 from mediation.sampling import Sampling
 
 # Where in the prompt sites of text encoders are restored. What comes before the subject cannot know of it.
@@ -80,13 +79,10 @@ class Task:
         plan = make_plan(pipe, self.cases, metric=self.metrics, sampling=sampling, progress=False, **options)
         n_steps, n_computed = self.num_inference_steps, 0
         for case in self.cases:
-            # a row costs nothing before its window opens; the last job is the untouched run
+            # a row costs nothing before its window opens
             jobs = [one for _, one in plan.interventions(pipe, case)]
             opened = [next(i for i in range(n_steps) if one.covers(i / n_steps)) for one in jobs]
-            capacity = plan.batch_size - N_CONTROLS
-            n_chunks = max(1, math.ceil(len(jobs) / capacity))
-            size = min(capacity, math.ceil((len(jobs) + 1) / n_chunks))
-            n_rows = max(n_chunks * size, len(jobs) + 1) + n_chunks * N_CONTROLS
+            n_rows = n_computed_rows(len(jobs), plan.batch_size)
             n_computed += plan.n_draws * (n_rows * n_steps - sum(opened))
         return (2 if sampling.guided else 1) * n_computed
 

@@ -11,6 +11,7 @@ import torch
 import mediation
 from benchmarks.speed.sweeps import counting
 from mediation import LatentDistance
+from mediation.restoration import n_computed_rows
 from mediation.rows import CLEAN, CORRUPTED
 from tests.runs import CASE
 
@@ -59,7 +60,7 @@ def test_every_run_is_measured_within_the_bound(tiny_pipe, n, chunk, mode):
     assert effects.restored.values.ravel().tolist() == list(range(n))
     assert (effects.clean.item(), effects.corrupted.item()) == (-1, -2)
     assert set(effects.sham.values.ravel().tolist()) == {-2 if mode == "restore" else -1}
-    assert counter["rows"] <= at_most(n, chunk)
+    assert counter["rows"] == n_computed_rows(n, batch_size=chunk + 2) <= at_most(n, chunk)
 
 
 @pytest.mark.parametrize(
