@@ -49,14 +49,18 @@ def clean_groups(tokenizer: PreTrainedTokenizerBase, case: Case) -> dict[str, tu
 
 
 def token_pairs(
-    tokenizer: PreTrainedTokenizerBase, case: Case, positions: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """(clean position, corrupted position) for those of `positions` that have a partner in the corrupted prompt."""
-    partners = align(
-        segments(tokenizer, case.prompt, case.spans),
-        segments(tokenizer, case.corrupted_prompt, case.corrupted_spans),
-    )
-    return tuple((position, partners[position]) for position in positions if position in partners)
+    tokenizer: PreTrainedTokenizerBase, case: Case, tokens: Sequence[str | int]
+) -> list[tuple[tuple[int, int], ...]]:
+    """For each group or position, (clean position, corrupted position) of those with a partner in the corrupted prompt.
+
+    Raises:
+        ValueError: if a subject is truncated in either prompt.
+    """
+    clean = segments(tokenizer, case.prompt, case.spans)
+    partners = align(clean, segments(tokenizer, case.corrupted_prompt, case.corrupted_spans))
+    groups = group_positions(clean)
+    chosen = (groups[token] if isinstance(token, str) else (token,) for token in tokens)
+    return [tuple((p, partners[p]) for p in positions if p in partners) for positions in chosen]
 
 
 def _corrupted_inputs(

@@ -73,11 +73,11 @@ class Plan:
         """Every intervention of a case by its index (site, token, window), but those without a token to change."""
         tokenizers = tokenizers_of(pipe)
         tokens = self.tokens or ("all",)
-        pairs = [{encoder: _pairs(found, case, token) for encoder, found in tokenizers.items()} for token in tokens]
+        pairs = {encoder: token_pairs(found, case, tokens) for encoder, found in tokenizers.items()}
         for i, group in enumerate(self.groups):
             encoders = {site.network for site in group} & set(tokenizers)
             for j in range(len(tokens)):
-                here = {encoder: pairs[j][encoder] for encoder in encoders}
+                here = {encoder: pairs[encoder][j] for encoder in encoders}
                 if encoders and not any(here.values()):
                     continue
                 for k, window in enumerate(self.windows or (WHOLE,)):
@@ -132,7 +132,6 @@ def make_plan(
                         f"{prompt!r} holds a textual-inversion token of several vectors, which shifts all others: only"
                         " those of one vector can be traced"
                     )
-            clean_groups(tokenizer, case)
             token_pairs(tokenizer, case, ())
     several = metric is not None and not callable(metric)
     metrics = tuple(metric) if several else (metric or default_metric(pipe),)
@@ -160,12 +159,6 @@ def make_plan(
         pictured=_check_images(groups, images),
         progress=progress,
     )
-
-
-def _pairs(tokenizer, case: Case, token: str | int) -> tuple[tuple[int, int], ...]:
-    groups = clean_groups(tokenizer, case)
-    positions = groups[token] if isinstance(token, str) else [p for p in groups["all"] if p == token]
-    return token_pairs(tokenizer, case, positions)
 
 
 def _check_names(metrics: Sequence[Metric]) -> None:

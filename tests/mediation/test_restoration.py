@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import mediation
-from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject, ZeroSubject
+from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject, ZeroSubject, encoding
+from mediation.cases import segments
 from mediation.encoding import encode_rows
 from mediation.pipelines import family_of
 from mediation.plans import make_plan
@@ -141,6 +142,21 @@ def test_each_position_is_a_token(tiny_pipe):
     )
     n_tokens = len(tiny_pipe.tokenizer(CASE.prompt).input_ids)
     assert effects.token.values.tolist() == list(range(n_tokens))
+
+
+def test_tokens_are_paired_with_what_stands_in_their_place(tiny_pipe, monkeypatch):
+    """The replacement takes more tokens than the subject; each prompt is split into tokens once, for all of them."""
+    case = Case("a cat in ink", subject="cat", corruption=ReplaceSubject("strawberry"))
+    texts = []
+    monkeypatch.setattr(encoding, "segments", lambda *given: texts.append(given[1]) or segments(*given))
+    subject, last, *each = encoding.token_pairs(tiny_pipe.tokenizer, case, ["subject", "last_subject", 0, 1, 2, 3, 4])
+    assert texts == ["a cat in ink", "a strawberry in ink"]
+    ids, others = (tiny_pipe.tokenizer(prompt).input_ids for prompt in texts)
+    grown = len(others) - len(ids)
+    assert grown > 0
+    assert subject == last == ((2, 2 + grown),)
+    assert each == [((0, 0),), ((1, 1),), ((2, 2 + grown),), ((3, 3 + grown),), ((4, 4 + grown),)]
+    assert [ids[a] == others[b] for ((a, b),) in each] == [True, True, False, True, True]
 
 
 def test_positions_may_come_in_an_array(tiny_pipe):
