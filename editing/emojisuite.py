@@ -1,7 +1,7 @@
 """Suites for Emoji Diffusion, the bundled model, in the English that it knows."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from editing.suites import ROLES, Suite, Trial, check_single
@@ -21,7 +21,7 @@ class _Concept(NamedTuple):
     label: str
 
 
-def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suite:
+def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: Iterable[str] = ()) -> Suite:
     """Draws prompts for every role, to judge edits of objects, styles, backgrounds or facts of the bundled model.
 
     Efficacy prompts name a source plainly; generality prompts name it in other words, positions and company.
@@ -33,6 +33,7 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
         pairs: source concept -> target concept, as for the edit; "" as a target erases.
         n: trials for each role and source, fewer if there are not so many different ones.
         seed: of the draws.
+        avoid: prompts that are not to be drawn, such as those that something was chosen by.
 
     Returns:
         The suite; its labels are those of the bundled probe.
@@ -47,6 +48,14 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
     """
     check_single(pairs)
     trials: dict[tuple[str, str], Trial] = {}
+    avoided = frozenset(avoid)
+
+    def add(trial: Trial) -> bool:
+        is_new = trial.prompt not in avoided and (trial.role, trial.prompt) not in trials
+        if is_new:
+            trials[trial.role, trial.prompt] = trial
+        return is_new
+
     for source, target in pairs.items():
         concept, wanted = _concept(source), _concept(target) if target else None
         if wanted and wanted.factor != concept.factor:
@@ -57,10 +66,10 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0) -> Suit
             before, n_tries = len(trials), 0
             for trial in without if role == "specificity" else ():
                 if len(trials) < before + n // 2:
-                    trials.setdefault((role, trial.prompt), trial)
+                    add(trial)
             while len(trials) < before + n and (n_tries := n_tries + 1) <= 50 * n:
                 trial, partner = next(drawn)
-                if trials.setdefault((role, trial.prompt), trial) is trial and partner:
+                if add(trial) and partner:
                     without.append(partner)
     return Suite(trials.values())
 

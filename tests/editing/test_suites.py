@@ -198,6 +198,16 @@ def test_half_of_what_is_to_stay_is_the_same_prompt_without_the_concept(pair, se
         assert [trial.target_prompt for trial in edited] == [trial.prompt.replace(words, left) for trial in edited]
 
 
+@given(pair=st.sampled_from(PAIRS), seed=st.integers(0, 100))
+def test_prompts_to_avoid_are_made_up_for_by_others(pair, seed):
+    source, target = pair
+    first = editing.emoji_suite({source: target}, n=4, seed=seed)
+    avoid = {trial.prompt for trial in list(first)[::2]}
+    others = editing.emoji_suite({source: target}, n=4, seed=seed, avoid=avoid)
+    assert not avoid & {trial.prompt for trial in others}
+    assert [trial.role for trial in others] == [trial.role for trial in first]
+
+
 def test_draws_differ_by_seed_and_not_by_run():
     assert editing.emoji_suite({"ink": "noto"}) == editing.emoji_suite({"ink": "noto"})
     assert editing.emoji_suite({"ink": "noto"}) != editing.emoji_suite({"ink": "noto"}, seed=1)

@@ -67,8 +67,8 @@ class Unit:
     def suite(self) -> Suite:
         """The prompts; where results are reported, none that a recipe was chosen by is among them."""
         avoided = () if self.seed == _TRAINING_SEED else _training_prompts()
-        drawn = editing.emoji_suite(self.pairs, n=self.n, seed=self.seed)
-        return Suite([trial for trial in drawn if trial.role in self.roles and trial.prompt not in avoided])
+        drawn = editing.emoji_suite(self.pairs, n=self.n, seed=self.seed, avoid=avoided)
+        return Suite([trial for trial in drawn if trial.role in self.roles])
 
     def describe(self) -> dict:
         """All that decides on the result, but for the model and the sampler, as plain JSON."""
