@@ -27,7 +27,7 @@ def emergence(
     prompts: Sequence[str],
     labeller: Labeller,
     *,
-    seed: int = 0,
+    seed: int = 1_000_000,
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
     batch_size: int | None = None,
@@ -49,7 +49,8 @@ def emergence(
         dictionaries: of each, from `mediation.concept_dictionary` with the same kind of labels and other pictures.
         prompts: one picture each, at least two.
         labeller: as of `mediation.concept_dictionary`; masks of a picture must not overlap.
-        seed: of the first picture's noise; each further one has the next. It must differ from the dictionaries'.
+        seed: of the first picture's noise; each further one has the next. By default far from a dictionary's: a prompt
+            and a seed that made one of the dictionaries are refused.
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance.
         batch_size: rows of one call of the pipeline; None suits the latents' size.
@@ -62,7 +63,7 @@ def emergence(
 
     Raises:
         KeyError, TypeError, ValueError: before any work, if an argument does not fit the pipeline or another.
-        ValueError: if masks overlap.
+        ValueError: before any work, if a picture made one of the dictionaries; later, if masks overlap.
 
     Example:
         >>> import mediation
@@ -72,7 +73,7 @@ def emergence(
         >>> options = {"num_inference_steps": 2}
         >>> prompts, labeller = ["a cat on a red background", "a dog"], bundled.label_composition
         >>> dictionary = mediation.concept_dictionary(pipe, sae, prompts, labeller, n_top=1, **options)
-        >>> found = mediation.emergence(pipe, [sae], [dictionary], prompts, labeller, seed=2, **options)
+        >>> found = mediation.emergence(pipe, [sae], [dictionary], prompts, labeller, **options)
         >>> dict(found.sizes)
         {'autoencoder': 1, 'case': 2}
     """
@@ -90,6 +91,8 @@ def emergence(
     if len({sae.place for sae in saes}) < len(saes):
         raise ValueError("two autoencoders read the same place: compare them in separate calls")
     sampling, seeds = Sampling(num_inference_steps, guidance_scale), range(seed, seed + len(prompts))
+    for dictionary in dictionaries:
+        _check_unseen(dictionary, prompts, seeds)
     votes = [_votes(dictionary) for dictionary in dictionaries]
     labels = [dictionary.label.values.tolist() for dictionary in dictionaries]
     sums = [_Sums() for _ in saes]
@@ -220,6 +223,19 @@ class _Sums:
         mean = sums.sum(0) / n.sum()
         variances = numpy.array(self._squares) - 2 * sums @ mean + n * (mean @ mean)
         return numpy.array(self._residual), variances
+
+
+def _check_unseen(dictionary: xarray.Dataset, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    if not {"prompt", "seed"} <= set(dictionary.coords):
+        return
+    known = set(zip(dictionary.prompt.values.tolist(), dictionary.seed.values.tolist(), strict=True))
+    again = [pair for pair in zip(prompts, seeds, strict=True) if pair in known]
+    if again:
+        prompt, seed = again[0]
+        raise ValueError(
+            f"{len(again)} of the pictures made a dictionary, as {prompt!r} with seed {seed}, and would be predicted"
+            " from what is known of them: choose another seed, or other prompts"
+        )
 
 
 def _votes(dictionary: xarray.Dataset) -> torch.Tensor:

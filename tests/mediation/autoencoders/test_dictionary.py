@@ -195,6 +195,24 @@ def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
         )
 
 
+def test_pictures_that_made_a_dictionary_are_no_test_of_it(tiny_pipe):
+    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0")).requires_grad_(False)
+    prompts = ["a cat", "a dog", "a red bird"]
+
+    def sides(image):
+        return {label: mask for label, mask in halves(image).items() if label != "dark"}
+
+    dictionary = mediation.concept_dictionary(tiny_pipe, sae, prompts, sides, n_top=1, **FAST)
+    with pytest.raises(ValueError, match="3 of the pictures made a dictionary, as 'a cat' with seed 0"):
+        mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, seed=0, **FAST)
+    with pytest.raises(ValueError, match="1 of the pictures made a dictionary, as 'a red bird' with seed 2"):
+        mediation.emergence(tiny_pipe, [sae], [dictionary], ["a red bird", "a cat"], sides, seed=2, **FAST)
+    by_default = mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, **FAST)
+    assert not set(by_default.seed.values.tolist()) & set(dictionary.seed.values.tolist())
+    other_noise = mediation.emergence(tiny_pipe, [sae], [dictionary], ["a dog", "a cat"], sides, seed=2, **FAST)
+    assert other_noise.seed.values.tolist() == [2, 3], "a seed with another prompt is another picture"
+
+
 def test_a_layout_is_scored_label_by_label():
     cat = torch.zeros(4, 4, dtype=torch.bool)
     cat[:2] = True
