@@ -11,6 +11,7 @@ import xarray
 from diffusers import DiffusionPipeline
 
 from mediation.autoencoders import SparseAutoencoder, concept_latents, spliced
+from mediation.autoencoders.dictionary import check_dictionary
 from mediation.autoencoders.places import Moment, check_stage
 from mediation.autoencoders.splicing import check_spliceable
 
@@ -61,7 +62,7 @@ def steer(
         stage: (start, stop) in t, what is left of sampling, above start and up to stop: (0.6, 1.0) is the first 40%.
         branch: the half of guidance that is changed: "cond", "uncond" or "both".
         units: of the strength: "relative", "norm" or "share".
-        dictionary: from `mediation.concept_dictionary`, for concepts by name.
+        dictionary: from `mediation.concept_dictionary` of this autoencoder, for concepts by name.
 
     Raises:
         KeyError, TypeError, ValueError: before any work, if an argument does not fit the pipeline or the autoencoder.
@@ -139,6 +140,8 @@ def steered(
 
 
 def _latents(sae: SparseAutoencoder, concept: int | str | Sequence[int], dictionary) -> list[int]:
+    if dictionary is not None:
+        check_dictionary(dictionary, sae)
     if isinstance(concept, str):
         if dictionary is None:
             raise ValueError(f"to steer {concept!r} by name, pass dictionary=mediation.concept_dictionary(…)")

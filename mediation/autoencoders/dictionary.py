@@ -164,9 +164,31 @@ def concept_dictionaries(
         tally.finish()
         .assign(thumbnail=pictures)
         .assign_coords(coordinates)
-        .assign_attrs(place=str(sae.place), k=sae.k, **attributes)
+        .assign_attrs(place=str(sae.place), k=sae.k, autoencoder=sae.fingerprint, **attributes)
         for sae, tally in zip(saes, tallies, strict=True)
     ]
+
+
+def check_dictionary(dictionary: xarray.Dataset, sae: SparseAutoencoder) -> None:
+    """Checks that a dictionary is about the latents of an autoencoder.
+
+    Raises:
+        ValueError: if it has another number of latents, or says that it was made for another place or other weights.
+
+    Example:
+        >>> from mediation.autoencoders.concepts import _example
+        >>> check_dictionary(_example(), SparseAutoencoder(n_features=4, n_latents=2, k=1))
+    """
+    expected = {"place": str(sae.place), "autoencoder": sae.fingerprint}
+    if dictionary.sizes["latent"] != sae.n_latents:
+        problem = f"it has {dictionary.sizes['latent']} latents, and the autoencoder {sae.n_latents}"
+    elif dictionary.attrs.get("place", expected["place"]) != expected["place"]:
+        problem = f"it is of {dictionary.attrs['place']}, and the autoencoder reads {sae.place}"
+    elif dictionary.attrs.get("autoencoder", expected["autoencoder"]) != expected["autoencoder"]:
+        problem = "it was made with an autoencoder of other weights"
+    else:
+        return
+    raise ValueError(f"the dictionary is not of this autoencoder: {problem}; make one of it by concept_dictionary")
 
 
 def label_masks(labeller: Labeller, image: torch.Tensor) -> dict[str, torch.Tensor]:

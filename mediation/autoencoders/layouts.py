@@ -11,7 +11,7 @@ import xarray
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from mediation.autoencoders.dictionary import Labeller, label_masks
+from mediation.autoencoders.dictionary import Labeller, check_dictionary, label_masks
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.observing import check_prompts, observe
 from mediation.autoencoders.splicing import check_spliceable
@@ -84,10 +84,7 @@ def emergence(
         raise ValueError("emergence needs at least two prompts: the control mistakes one picture for another")
     for sae, dictionary in zip(saes, dictionaries, strict=True):
         check_spliceable(pipe, sae, "cond")
-        if dictionary.sizes["latent"] != sae.n_latents:
-            raise ValueError(
-                f"a dictionary has {dictionary.sizes['latent']} latents, and its autoencoder {sae.n_latents}"
-            )
+        check_dictionary(dictionary, sae)
     if len({sae.place for sae in saes}) < len(saes):
         raise ValueError("two autoencoders read the same place: compare them in separate calls")
     sampling, seeds = Sampling(num_inference_steps, guidance_scale), range(seed, seed + len(prompts))

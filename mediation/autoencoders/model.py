@@ -1,5 +1,6 @@
 """Sparse autoencoders: an activation as the sum of a few directions out of many."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from torch import nn
 from mediation import tensorfiles
 from mediation.autoencoders import checkpoints
 from mediation.autoencoders.places import Place
+from mediation.parameters import sha256
 
 ACTIVATIONS = ("topk", "batch_topk")
 _KIND = "mediation.SparseAutoencoder/1"
@@ -138,6 +140,12 @@ class SparseAutoencoder(nn.Module):
             "place": None if self.place is None else self.place.as_json(),
             "metadata": self.metadata,
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights, in hexadecimal, by which a dictionary knows its autoencoder."""
+        found = {name: sha256(tensor.float()) for name, tensor in self.state_dict().items()}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def extra_repr(self) -> str:
         """What `repr` says of it."""

@@ -114,12 +114,35 @@ def test_several_concepts_each_in_its_stage(tiny_pipe, sae):
 
 
 def test_concepts_have_names(tiny_pipe, sae):
-    with editing.steer(tiny_pipe, sae, 1, strength=0.5):
+    small = SparseAutoencoder(8, 2, 1, place=Place(SITE)).requires_grad_(False)
+    with editing.steer(tiny_pipe, small, 1, strength=0.5):
         expected = alone(tiny_pipe, "a cat")
-    with editing.steer(tiny_pipe, sae, "dog", strength=0.5, dictionary=_example()):
+    with editing.steer(tiny_pipe, small, "dog", strength=0.5, dictionary=_example()):
         assert torch.equal(alone(tiny_pipe, "a cat"), expected)
     with pytest.raises(ValueError, match="pass dictionary="), editing.steer(tiny_pipe, sae, "dog", strength=0.5):
         pass
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (SparseAutoencoder(8, 3, 1, place=Place(SITE)), "it has 2 latents, and the autoencoder 3"),
+        (SparseAutoencoder(8, 2, 1, place=Place(SITE, (0.5,))), "it is of unet.down.0.0 at t=1, cond, and the"),
+        (SparseAutoencoder(8, 2, 1, place=Place(SITE), seed=1), "it was made with an autoencoder of other weights"),
+    ],
+    ids=["wider", "another place", "other weights"],
+)
+@pytest.mark.parametrize("concept", ["dog", 1])
+def test_names_are_those_of_the_autoencoder_that_steers(tiny_pipe, other, message, concept):
+    own = SparseAutoencoder(8, 2, 1, place=Place(SITE))
+    dictionary = _example().assign_attrs(place=str(own.place), autoencoder=own.fingerprint)
+    with editing.steer(tiny_pipe, own, concept, strength=0.5, dictionary=dictionary):
+        pass
+    with (
+        pytest.raises(ValueError, match=f"not of this autoencoder: {message}"),
+        editing.steer(tiny_pipe, other, concept, strength=0.5, dictionary=dictionary),
+    ):
+        raise AssertionError("work was done")
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,18 @@ def test_pictures_that_made_a_dictionary_are_no_test_of_it(tiny_pipe):
     assert other_noise.seed.values.tolist() == [2, 3], "a seed with another prompt is another picture"
 
 
+def test_layouts_are_predicted_by_an_autoencoder_s_own_dictionary(tiny_pipe):
+    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0"))
+    dictionary = mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], halves, n_top=1, **FAST)
+    for other, message in (
+        (SparseAutoencoder(8, 17, 3, place=sae.place), "it has 16 latents, and the autoencoder 17"),
+        (SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.1")), "it is of unet.down.0.0 at t=1, cond"),
+        (SparseAutoencoder(8, 16, 3, place=sae.place, seed=1), "of other weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mediation.emergence(tiny_pipe, [other], [dictionary], ["a cat", "a dog"], halves, **FAST)
+
+
 def test_a_layout_is_scored_label_by_label():
     cat = torch.zeros(4, 4, dtype=torch.bool)
     cat[:2] = True
