@@ -52,7 +52,8 @@ def train_sae(
         seed: of the initial weights, of the choice of prompts, of the noise and of the order.
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance.
-        buffer: positions that are shuffled at a time, which take at most twice buffer × features × 4 bytes of memory.
+        buffer: positions that are shuffled at a time, rounded up to whole pictures. In memory are these, at most 8192
+            that are held out, each features × 4 bytes and 8 for the order, and what one call of the pipeline computes.
         batch_size: rows of one call of the pipeline; None suits the latents' size.
         checkpoint: a .safetensors file in which training is kept after each window, and from which it goes on.
         progress: shows a progress bar on a terminal.
@@ -95,7 +96,8 @@ def fit_sae(
     """Trains a sparse autoencoder on activations that are there; the last twentieth is held out.
 
     Args:
-        activations: (position, feature), of numpy, torch or Zarr; of a Zarr array, `buffer` positions are in memory.
+        activations: (position, feature), of numpy, torch or Zarr; of a Zarr array, at most `buffer` positions are in
+            memory at a time, beside at most 8192 that are held out.
         place: where in a pipeline they come from, so that the autoencoder can be used there.
         n_latents: width of the dictionary; None is four times the activations'.
         k: latents that are active at a position.

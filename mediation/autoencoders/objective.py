@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from mediation.autoencoders.model import SparseAutoencoder
 
+# tokens that are in float64 at a time: memory for sums over many does not grow with them
+PART = 4096
+
 
 class Chosen(NamedTuple):
     """The active latents of several tokens (activations at one position), token after token.
@@ -90,9 +93,10 @@ def explained_variance(reconstruct: Callable[[torch.Tensor], torch.Tensor], acti
         >>> explained_variance(sae, torch.tensor([[1.0], [2.0]]))
         1.0
     """
-    missed = sum(float((part - reconstruct(part).to(part)).double().square().sum()) for part in activations.split(8192))
-    spread = float((activations.double() - activations.double().mean(0)).square().sum())
-    return 1 - missed / spread
+    parts = activations.split(PART)
+    mean = sum(part.double().sum(0) for part in parts) / len(activations)
+    missed = sum(float((part - reconstruct(part).to(part)).double().square().sum()) for part in parts)
+    return 1 - missed / sum(float((part.double() - mean).square().sum()) for part in parts)
 
 
 def geometric_median(points: torch.Tensor, n_iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
@@ -102,13 +106,17 @@ def geometric_median(points: torch.Tensor, n_iterations: int = 100, tolerance: f
         >>> geometric_median(torch.tensor([[0.0], [1.0], [9.0]])).round(decimals=3)
         tensor([1.])
     """
-    points = points.double()
-    median = points.mean(0)
-    size = (points - median).norm(dim=1).mean()
+    parts = points.split(PART)
+    median = sum(part.double().sum(0) for part in parts) / len(points)
+    size = sum((part.double() - median).norm(dim=1).sum() for part in parts) / len(points)
     for _ in range(n_iterations):
-        # kept above 0, where the median is one of the points
-        weights = 1 / (points - median).norm(dim=1).clamp(min=1e-12)
-        before, median = median, (weights @ points) / weights.sum()
+        total, weight = torch.zeros_like(median), 0.0
+        for part in parts:
+            wide = part.double()
+            # kept above 0, where the median is one of the points
+            weights = 1 / (wide - median).norm(dim=1).clamp(min=1e-12)
+            total, weight = total + weights @ wide, weight + weights.sum()
+        before, median = median, total / weight
         if (median - before).norm() <= tolerance * size:
             break
     return median.float()

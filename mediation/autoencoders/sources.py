@@ -48,7 +48,8 @@ class Streamed:
         prompts: drawn from at random.
         place: what to read.
         sampling: how to sample.
-        buffer: positions in a window, at least; memory is buffer × features × 4 bytes.
+        buffer: positions in a window, rounded up to whole pictures; while it is drawn, memory holds it, which is
+            buffer × features × 4 bytes, and the activations of one call of the pipeline.
         seed: of the choice of prompts, and of the noise.
         batch_size: rows of one call of the pipeline; None suits the latents' size.
 
@@ -116,7 +117,13 @@ class Streamed:
             sampling=self._sampling,
             batch_size=self._batch_size,
         )
-        return torch.cat([one.activations[self._place].flatten(0, -2) for one in found])
+        drawn, start = torch.empty(n_images * self._n_positions, self.n_features), 0
+        for one in found:
+            part = one.activations[self._place].flatten(0, -2)
+            drawn[start : start + len(part)] = part
+            start += len(part)
+            del one, part  # before the next ones are there
+        return drawn
 
 
 class Stored:

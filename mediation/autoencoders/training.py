@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 
@@ -11,11 +12,11 @@ from tqdm import tqdm
 
 from mediation import tensorfiles
 from mediation.autoencoders.model import SparseAutoencoder
-from mediation.autoencoders.objective import explained_variance, geometric_median, losses
+from mediation.autoencoders.objective import PART, explained_variance, geometric_median, losses
 from mediation.autoencoders.sources import Source
 
 _AUXILIARY_WEIGHT = 1 / 32
-_N_MEDIAN = 16_384  # positions that the bias is first found from
+_N_MEDIAN = 16_384  # positions that the bias is first found from, at most
 _WORTHWHILE = 1e-3  # gain in explained variance that counts as progress
 _KIND = "mediation.training/1"
 
@@ -89,11 +90,12 @@ class Trainer:
         Raises:
             ValueError: if the activations are all alike, or not finite.
         """
-        scale = activations.double().square().mean().sqrt()
-        if not torch.isfinite(scale) or not (activations != activations[:1]).any():
+        parts = activations.split(PART)
+        scale = (sum(part.double().square().sum() for part in parts) / activations.numel()).sqrt()
+        if not torch.isfinite(scale) or not any((part != activations[:1]).any() for part in parts):
             raise ValueError("activations must be finite, and not all alike: there is nothing to learn from these")
         self.sae.scale.copy_(scale)
-        some = activations[:: max(1, len(activations) // _N_MEDIAN)]
+        some = activations[:: math.ceil(len(activations) / _N_MEDIAN)]
         self.sae.bias.copy_(geometric_median(self.sae.normalize(some)))
 
     def step(self, activations: torch.Tensor) -> float:
@@ -157,7 +159,7 @@ def train(
 
     Args:
         sae: the autoencoder, as it was made.
-        source: of the activations; one of its windows is in memory at a time.
+        source: of the activations; one of its windows is in memory at a time, beside what is held out.
         recipe: how to train.
         seed: of the order of activations within windows.
         checkpoint: a .safetensors file, written after each window; if it is there, training goes on from it, and ends
@@ -192,6 +194,7 @@ def train(
                 trainer.prepare(activations)
             n_before = trainer.n_seen
             loss = _train_on(trainer, activations, seed=seed, window=len(history))
+            del activations  # before anything else is measured, or drawn
             history.append(
                 {
                     "n_positions": trainer.n_seen,

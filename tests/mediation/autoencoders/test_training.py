@@ -1,12 +1,19 @@
 """Training keeps its constraints, finds what was planted, revives the dead, and can be interrupted."""
 
+import collections
+import types
+import weakref
+
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mediation
 from mediation import Place, Recipe, SparseAutoencoder
+from mediation.autoencoders import sources
 from mediation.autoencoders.sources import Stored, Streamed
 from mediation.autoencoders.training import Trainer, train
 from mediation.sampling import Sampling
@@ -35,6 +42,31 @@ class Interrupted(Stored):
             self.at = None
             raise KeyboardInterrupt
         return super().window(number)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made inside, and the most that were there at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._holders = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr(), storage.nbytes()
+                self.now += 0 if self._holders[key] else key[1]
+                self._holders[key] += 1
+                weakref.finalize(tensor, self._let_go, key)
+        self.most = max(self.most, self.now)
+        return made
+
+    def _let_go(self, key):
+        self._holders[key] -= 1
+        self.now -= 0 if self._holders[key] else key[1]
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk"])
@@ -145,6 +177,25 @@ def test_streaming_is_training_on_what_the_pipeline_computes(tiny_pipe):
     assert sae.place == place
     assert sae.metadata["training"]["source"]["n_prompts"] == 3
     assert sae.metadata["training"]["history"][-1]["n_positions"] == 600
+
+
+def test_one_window_is_in_memory_at_a_time(tiny_pipe, monkeypatch):
+    """One window, an eighth of that for its order, an eighth to find the bias from, and a little; never a second."""
+
+    def draw(pipe, prompts, seeds, places, *, sampling, batch_size=None):
+        for start in range(0, len(prompts), 32):
+            rows = prompts[start : start + 32]
+            yield types.SimpleNamespace(activations={places[0]: torch.randn(len(rows), 1, 8, 8, D)})
+
+    monkeypatch.setattr(sources, "observe", draw)
+    buffer = 131_072
+    recipe = Recipe(n_positions=2 * buffer, batch_size=2048)
+    options = {"site": "unet.down.0.0", "n_latents": 16, "k": 2, "recipe": recipe, "buffer": buffer, "progress": False}
+    with Memory() as memory:
+        sae = mediation.train_sae(tiny_pipe, ["a cat"], **options)
+    assert len(sae.metadata["training"]["history"]) == 2
+    window = buffer * D * 4
+    assert window < memory.most < 1.5 * window
 
 
 @pytest.mark.parametrize(
