@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
-import torch.nn.functional as F
 import xarray
 from diffusers import DiffusionPipeline
 
@@ -14,6 +13,7 @@ from mediation.autoencoders import SparseAutoencoder, concept_latents, spliced
 from mediation.autoencoders.dictionary import check_dictionary
 from mediation.autoencoders.places import Moment, check_stage
 from mediation.autoencoders.splicing import check_spliceable
+from mediation.autoencoders.tally import on_grid
 
 UNITS = ("relative", "norm", "share")
 _HALVES = {
@@ -57,8 +57,8 @@ def steer(
         sae: an autoencoder that knows its place.
         concept: a latent, or several that are steered together; or a label of `dictionary`, for its best latent.
         strength: β; below 0, the concept is pushed away.
-        region: part of the picture, as "left" or "bottom right", or a mask (y, x) of it at any resolution; a position
-            of the site is inside if half of it is. None is everywhere.
+        region: part of the picture, as "left" or "bottom right", or a mask (y, x) of it at any resolution, true or not
+            0 inside; a position of the site is inside if half of it is. None is everywhere.
         stage: (start, stop) in t, what is left of sampling, above start and up to stop: (0.6, 1.0) is the first 40%.
         branch: the half of guidance that is changed: "cond", "uncond" or "both".
         units: of the strength: "relative", "norm" or "share".
@@ -175,7 +175,8 @@ def named_region(name: str) -> torch.Tensor:
 def _mask(region) -> torch.Tensor:
     if isinstance(region, str):
         region = named_region(region)
-    mask = torch.as_tensor(region if isinstance(region, torch.Tensor) else numpy.asarray(region)).float()
+    # a picture's mask may be 0 and 255, and what counts is how much of a position is inside
+    mask = torch.as_tensor(region if isinstance(region, torch.Tensor) else numpy.asarray(region)) != 0
     if mask.ndim != 2 or not mask.any():
         raise ValueError(f"a region is a mask (y, x) that is true somewhere, got shape {tuple(mask.shape)}")
     return mask
@@ -188,7 +189,7 @@ def _on_site(mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         ValueError: if no position is half inside.
     """
     size = tuple(latents.shape[1:3])
-    inside = (F.adaptive_avg_pool2d(mask[None], size)[0] >= 0.5).to(latents)
+    inside = on_grid(mask, size).to(latents)
     if not inside.any():
         raise ValueError(f"the region is too small: it covers half of no position of a site of {size[0]}×{size[1]}")
     return inside

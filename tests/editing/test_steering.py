@@ -168,6 +168,20 @@ def test_what_cannot_be_steered_is_an_error_before_any_work(tiny_pipe, sae, wron
         raise AssertionError("work was done")
 
 
+@pytest.mark.parametrize("mask", [numpy.uint8([[255]]), [[1]], [[0.4]], torch.ones(1, 1)], ids=str)
+def test_any_mask_is_inside_where_it_is_not_0(tiny_pipe, sae, mask):
+    """One pixel of four, however bright, is no half of a position; three are."""
+    plain = numpy.kron(numpy.eye(8, dtype=bool), [[True, True], [True, False]])
+    plain[0, 15] = True
+    with editing.steer(tiny_pipe, sae, 3, strength=0.4, region=plain):
+        expected = alone(tiny_pipe, "a cat", num_inference_steps=1)
+    valued = torch.as_tensor(plain) * torch.as_tensor(mask)
+    with editing.steer(tiny_pipe, sae, 3, strength=0.4, region=valued):
+        assert torch.equal(alone(tiny_pipe, "a cat", num_inference_steps=1), expected)
+    with editing.steer(tiny_pipe, sae, 3, strength=0.4, region=numpy.eye(8)):
+        assert torch.equal(alone(tiny_pipe, "a cat", num_inference_steps=1), expected)
+
+
 def test_a_region_too_small_for_the_site_is_an_error(tiny_pipe, sae):
     mask = numpy.zeros((64, 64), bool)
     mask[0, 0] = True
