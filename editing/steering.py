@@ -57,8 +57,8 @@ def steer(
         sae: an autoencoder that knows its place.
         concept: a latent, or several that are steered together; or a label of `dictionary`, for its best latent.
         strength: β; below 0, the concept is pushed away.
-        region: part of the picture, as "left" or "bottom right", or a mask (y, x) of it at any resolution, true or not
-            0 inside; a position of the site is inside if half of it is. None is everywhere.
+        region: part of the picture, as "left" or "bottom right", or a mask (y, x) of it at any resolution, 0
+            outside; a position of the site is inside if half of it is. None is everywhere.
         stage: (start, stop) in t, what is left of sampling, above start and up to stop: (0.6, 1.0) is the first 40%.
         branch: the half of guidance that is changed: "cond", "uncond" or "both".
         units: of the strength: "relative", "norm" or "share".

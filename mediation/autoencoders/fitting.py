@@ -104,7 +104,7 @@ def fit_sae(
         activation: "topk" or "batch_topk".
         recipe: how long and how to train.
         seed: of the initial weights and of the order.
-        buffer: positions that are shuffled at a time.
+        buffer: positions that are shuffled at a time, at most.
         checkpoint: a .safetensors file in which training is kept after each window, and from which it goes on.
         progress: shows a progress bar on a terminal.
 

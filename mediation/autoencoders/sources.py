@@ -131,7 +131,7 @@ class Stored:
 
     Args:
         array: (position, feature), of numpy, torch or Zarr.
-        buffer: positions in a window.
+        buffer: positions in a window, at most; all windows are about equally large.
 
     Raises:
         ValueError: if the array has another shape, or too few positions to hold some out.
@@ -139,7 +139,7 @@ class Stored:
     Example:
         >>> source = Stored(numpy.arange(200.0).reshape(100, 2), buffer=50)
         >>> source.held_out().shape, source.window(0).shape, source.window(1).shape
-        (torch.Size([5, 2]), torch.Size([50, 2]), torch.Size([45, 2]))
+        (torch.Size([5, 2]), torch.Size([47, 2]), torch.Size([48, 2]))
     """
 
     def __init__(self, array, *, buffer: int):
@@ -157,8 +157,9 @@ class Stored:
 
     def window(self, number: int) -> torch.Tensor:
         """Activations (position, feature) of a window; after the last, they begin anew."""
-        start = number % math.ceil(self._n_kept / self._buffer) * self._buffer
-        return self._read(start, min(start + self._buffer, self._n_kept))
+        n_windows = math.ceil(self._n_kept / self._buffer)
+        start, stop = ((number % n_windows + i) * self._n_kept // n_windows for i in (0, 1))
+        return self._read(start, stop)
 
     def describe(self) -> dict:
         """What is known of the array, as plain JSON."""

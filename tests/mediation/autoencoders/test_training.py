@@ -4,10 +4,12 @@ import collections
 import types
 import weakref
 
+import hypothesis
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,6 +153,18 @@ def test_going_on_equals_never_having_stopped(tmp_path):
     assert len(whole.metadata["training"]["history"]) > 5
     with pytest.raises(ValueError, match="another training"):
         train(SparseAutoencoder(D, 41, 2), source, recipe, checkpoint=path, **options)
+
+
+@hypothesis.given(n=strategies.integers(2, 400), buffer=strategies.integers(1, 400))
+def test_windows_are_about_equally_large_and_hold_each_position_once(n, buffer):
+    source = Stored(numpy.arange(float(n))[:, None], buffer=buffer)
+    kept = n - len(source.held_out())
+    windows = [source.window(number) for number in range(-(-kept // buffer))]
+    assert torch.cat(windows)[:, 0].tolist() == list(range(kept))
+    sizes = {len(window) for window in windows}
+    assert max(sizes) <= buffer
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(source.window(len(windows)), windows[0]), "they begin anew"
 
 
 def test_training_stops_when_nothing_more_is_learned():
