@@ -18,15 +18,18 @@ from mediation.autoencoders.concepts import _example
 
 
 def records(success):
-    """Records of all trials; `success` gives the share of successes by (experiment, stage, arm)."""
+    """Records of all trials; `success` gives the share of successes by (experiment, stage, arm).
+
+    Of equal shares the same pictures succeed, as they do where steering changes nothing.
+    """
     rng = numpy.random.default_rng(0)
     found = {}
     for experiment in trials.EXPERIMENTS:
         for block in BLOCKS:
+            order = rng.permutation(100)
             for stage in STAGES:
                 by_arm = {
-                    arm: (rng.permutation(100) < 100 * success(experiment, stage, arm)).astype(int).tolist()
-                    for arm in trials.ARMS
+                    arm: (order < 100 * success(experiment, stage, arm)).astype(int).tolist() for arm in trials.ARMS
                 }
                 found[experiment, block, stage] = {"success": by_arm, "strength": 1.0, "known": 1.0}
     return found
@@ -59,11 +62,33 @@ def by_name(claims):
 
 def test_numbers_as_in_the_paper_reproduce_its_claims():
     found = by_name(verdicts.all_claims(layouts(0.6), records(as_in_the_paper)))
-    assert found.pop("prediction") == REPRODUCED
-    for name in ("composition_early", "composition_settled", "style_middle"):
-        assert found.pop(name) == REPRODUCED
-    assert set(found) == {"composition_final", "style_final"}
-    assert NOT_REPRODUCED not in found.values()
+    names = {
+        "prediction",
+        "composition_early",
+        "composition_settled",
+        "composition_final",
+        "style_middle",
+        "style_final",
+    }
+    assert found == dict.fromkeys(names, REPRODUCED)
+
+
+@pytest.mark.parametrize(
+    ("early", "middle", "verdict"),
+    [
+        (0.95, 0.25, REPRODUCED),
+        (0.95, 0.70, NOT_REPRODUCED),  # less than before, and far from settled
+        (0.95, 0.02, NOT_REPRODUCED),  # moved, though not where it should
+        (0.95, 0.35, INCONCLUSIVE),
+        (0.25, 0.25, INCONCLUSIVE),  # what never moved cannot be seen to settle
+        (0.25, 0.70, NOT_REPRODUCED),
+    ],
+)
+def test_composition_is_settled_if_only_early_steering_moves_it(early, middle, verdict):
+    def success(experiment, stage, arm):
+        return {"early": early, "middle": middle}.get(stage, 0.25) if arm == "concept" else 0.25
+
+    assert by_name(verdicts.all_claims(layouts(0.6), records(success)))["composition_settled"] == verdict
 
 
 def test_numbers_without_effect_refute_them():

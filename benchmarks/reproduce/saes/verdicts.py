@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 import xarray
 
-from benchmarks.reproduce.claims import MARGIN, Claim, Estimate, Finding, judge, together
+from benchmarks.reproduce.claims import INCONCLUSIVE, MARGIN, REPRODUCED, Claim, Estimate, Finding, judge, together
 from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES
 from benchmarks.reproduce.simultaneous import ratio_intervals
 
@@ -131,37 +131,60 @@ def _ineffective(name: str, statement: str, records: Records, where: tuple[str, 
 
 
 def _settled(records: Records, blocks: Sequence[str]) -> Claim:
-    differences = estimates(
-        {
-            block: _success(records, "quadrant", block, "early", "concept")
-            - _success(records, "quadrant", block, "middle", "concept")
-            for block in blocks
-        }
-    )
-    rates = {
-        stage: estimates({block: _success(records, "quadrant", block, stage, "concept") for block in blocks})
-        for stage in ("early", "middle")
-    }
-    findings = [
-        Finding(
-            attribute=block,
-            place=f"{BLOCKS[block]}, middle",
-            estimate=rates["middle"][block],
-            control=rates["early"][block],
-            sham=None,
-            verdict=judge([differences[block]], []),
-            reason=f"success in the early stages exceeds it by {differences[block]}",
-        )
+    """Composition is settled if what could move it early can do so no longer; what never could tells nothing."""
+    success = {
+        (block, stage, arm): _success(records, "quadrant", block, stage, arm)
         for block in blocks
-    ]
+        for stage in ("early", "middle")
+        for arm in ("concept", *_CONTROLS)
+    }
+    wanted = [(block, "early", arm) for block in blocks for arm in _CONTROLS]
+    wanted += [(block, "middle", "unsteered") for block in blocks]
+    differences = estimates(
+        {(b, stage, arm): success[b, stage, "concept"] - success[b, stage, arm] for b, stage, arm in wanted}
+    )
+    shown = estimates({(b, arm): success[b, "middle", arm] for b in blocks for arm in ("concept", "unsteered")})
+    findings = []
+    for block in blocks:
+        early = {arm: differences[block, "early", arm] for arm in _CONTROLS}
+        middle = differences[block, "middle", "unsteered"]
+        told = "; ".join(f"{one} above {arm}" for arm, one in early.items())
+        findings.append(
+            Finding(
+                attribute=block,
+                place=f"{BLOCKS[block]}, middle",
+                estimate=shown[block, "concept"],
+                control=shown[block, "unsteered"],
+                sham=None,
+                verdict=settled(list(early.values()), middle),
+                reason=f"middle: {middle} above unsteered; early: {told}",
+            )
+        )
     return _claim(
         "composition_settled",
         "In the middle stages, image composition is finalized",
-        "quadrant success of pictures steered in the middle stages",
-        "the same steered in the early stages",
-        f"success in the early stages exceeds that in the middle by more than {MARGIN}",
+        "quadrant success of pictures steered in the middle stages by the concept's latents",
+        "no steering",
+        f"success in the early stages exceeds that of each control by more than {MARGIN}, and in the middle stages it"
+        f" differs from that without steering by less than {MARGIN}; inconclusive if it is without effect in both",
         findings,
     )
+
+
+def settled(early: Sequence[Estimate], middle: Estimate) -> str:
+    """The verdict on whether something is settled, by how much success in two stages exceeds that of controls.
+
+    Args:
+        early: in the early stages, by control.
+        middle: in the middle stages, where it should exceed that without steering by nothing.
+
+    Example:
+        >>> some, none = Estimate(0.5, 0.4, 0.6), Estimate(0.0, -0.05, 0.05)
+        >>> settled([some], none), settled([some], some), settled([none], none)
+        ('reproduced', 'not reproduced', 'inconclusive')
+    """
+    verdict, was_open = judge([], [middle]), judge(early, []) == REPRODUCED
+    return INCONCLUSIVE if verdict == REPRODUCED and not was_open else verdict
 
 
 def _against_controls(records: Records, experiment: str, block: str, stage: str, *, effective: bool) -> Finding:
