@@ -153,6 +153,36 @@ def test_arms_steer_by_what_they_are_called():
         trials.steered_by(sae, dictionary, "object: cat", "magic", seed=0)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "stage"), [("quadrant", "early"), ("style", "middle"), ("background", "middle")]
+)
+def test_every_stage_has_the_strength_that_is_best_where_steering_works(tmp_path, monkeypatch, experiment, stage):
+    """Elsewhere the strongest is the luckiest."""
+    asked = []
+
+    def successes(self, sae, dictionary, trial, span, arm, strength):
+        asked.append((span, arm, strength))
+        works = span == STAGES[stage]
+        lucky = strength == (0.5 if works else 2.0)
+        return numpy.arange(10) < (9 if lucky else 2)
+
+    monkeypatch.setattr(trials.Studio, "successes", successes)
+    named = {("mid", one, "cond"): _example() for one in STAGES}
+    studio = trials.Studio(None, Settings())
+    found = trials.run(studio, dict.fromkeys(named), named, experiment, "mid", tmp_path, "model")
+    assert {one: record["strength"] for one, record in found.items()} == dict.fromkeys(STAGES, 0.5)
+    assert {one: sum(record["success"]["concept"]) for one, record in found.items()} == {
+        one: 9 if one == stage else 2 for one in STAGES
+    }
+    tuning = [(span, strength) for span, _, strength in asked[: len(trials.STRENGTHS)]]
+    assert tuning == [(STAGES[stage], strength) for strength in trials.STRENGTHS]
+    assert {strength for _, _, strength in asked[len(trials.STRENGTHS) :]} == {0.5}
+    again = trials.run(studio, {}, named, experiment, "mid", tmp_path, "model")
+    assert again == found
+    with pytest.raises(ValueError, match="other settings"):
+        trials.run(studio, {}, named, experiment, "mid", tmp_path, "another model")
+
+
 def test_strengths_are_chosen_on_other_objects_and_noise():
     for experiment in trials.EXPERIMENTS:
         tuning, reported = trials.trials(experiment, Settings())

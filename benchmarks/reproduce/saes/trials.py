@@ -2,13 +2,17 @@
 
 Every trial draws the same pictures by four arms: steered by the concept's latents; by as many other latents that are
 active in pictures, drawn at random; along random directions in place of the concept's; and not at all. All steered arms
-add as much, relative to what is there. The strength is chosen by the concept's arm alone, on other pictures.
+add as much, relative to what is there.
+
+The strength is chosen by the concept's arm alone, on other pictures, at the stage at which the paper finds the steering
+to work, and is used at all stages. Where nothing works there is nothing to choose by: noise would.
 """
 
 import copy
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Mapping
 
 import numpy
 import torch
@@ -20,13 +24,14 @@ import editing
 import mediation
 from benchmarks.emoji import world
 from benchmarks.emoji.evaluate import generate
-from benchmarks.reproduce.saes.preparing import OBJECTS, SEEDS, Settings
+from benchmarks.reproduce.saes.preparing import OBJECTS, SEEDS, STAGES, Key, Settings
 from mediation import bundled
 from mediation.bundled.labelling import foreground
 
 EXPERIMENTS = ("quadrant", "style", "background")
 ARMS = ("concept", "random latents", "random directions", "unsteered")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+TUNED_AT = {"quadrant": "early", "style": "middle", "background": "middle"}
 N_LATENTS = 5  # that are steered together
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 
@@ -121,41 +126,68 @@ class Studio:
 
 def run(
     studio: Studio,
-    sae: mediation.SparseAutoencoder,
-    dictionary: xarray.Dataset,
+    saes: Mapping[Key, mediation.SparseAutoencoder],
+    named: Mapping[Key, xarray.Dataset],
     experiment: str,
-    stage: tuple[float, float],
-    path: pathlib.Path,
+    block: str,
+    folder: pathlib.Path,
     model: str,
-) -> dict:
-    """Chooses a strength, and reports successes by arm, (picture,), with the strength; found again in its file.
+) -> dict[str, dict]:
+    """Chooses a strength, and reports an experiment at every stage with it; each is found again in its file.
+
+    Args:
+        studio: draws.
+        saes: the autoencoder of each place.
+        named: their dictionaries.
+        experiment: which one.
+        block: where.
+        folder: of the files.
+        model: fingerprint of the pipeline.
+
+    Returns:
+        By stage: successes by arm, (picture,), and the strength.
 
     Raises:
-        ValueError: if the file was made with another model or other settings.
+        ValueError: if a file was made with another model or other settings.
     """
     tuning, reported = trials(experiment, studio.settings)
-    told = json.dumps({"model": model, "settings": dataclasses.asdict(studio.settings), "stage": stage}, sort_keys=True)
+    told = {"model": model, "settings": dataclasses.asdict(studio.settings)}
+
+    def successes(trial: Trial, stage: str, arm: str, strength: float) -> numpy.ndarray:
+        key = (block, stage, "cond")
+        return studio.successes(saes[key], named[key], trial, STAGES[stage], arm, strength)
+
+    def tune() -> dict:
+        stage = TUNED_AT[experiment]
+        rates = {strength: float(successes(tuning, stage, "concept", strength).mean()) for strength in STRENGTHS}
+        # of equal ones the strongest, so that no stage seems without effect for want of strength
+        best = max(rates, key=lambda strength: (rates[strength], strength))
+        return {"tuning": {str(strength): rate for strength, rate in rates.items()}, "strength": best}
+
+    tuned = _made_once(folder / f"{experiment}.{block}.tuning.json", told, tune)
+    strength = tuned["strength"]
+    records = {}
+    for stage in STAGES:
+
+        def report(stage: str = stage) -> dict:
+            found = {arm: successes(reported, stage, arm, strength).astype(int).tolist() for arm in ARMS}
+            targets = [has_latents(named[block, stage, "cond"], tuning.label(target)) for target in tuning.targets]
+            return {"success": found, "strength": strength, "known": sum(targets) / len(targets)}
+
+        path = folder / f"{experiment}.{block}.{stage}.json"
+        records[stage] = _made_once(path, told | {"stage": STAGES[stage], "strength": strength}, report)
+    return records
+
+
+def _made_once(path: pathlib.Path, arguments: dict, make: Callable[[], dict]) -> dict:
+    """What is in the file, or what is made now and written."""
+    described = json.dumps(arguments, sort_keys=True)
     if path.exists():
         record = json.loads(path.read_text())
-        if record["arguments"] != told:
+        if record["arguments"] != described:
             raise ValueError(f"{path} was made with another model or other settings: choose another --output")
         return record
-    known = [target for target in tuning.targets if has_latents(dictionary, tuning.label(target))]
-    rates = {
-        strength: float(studio.successes(sae, dictionary, tuning, stage, "concept", strength).mean())
-        for strength in STRENGTHS
-    }
-    # of equal ones the strongest, so that no stage seems without effect for want of strength
-    best = max(rates, key=lambda strength: (rates[strength], strength))
-    record = {
-        "arguments": told,
-        "known": len(known) / len(tuning.targets),
-        "tuning": {str(strength): rate for strength, rate in rates.items()},
-        "strength": best,
-        "success": {
-            arm: studio.successes(sae, dictionary, reported, stage, arm, best).astype(int).tolist() for arm in ARMS
-        },
-    }
+    record = {"arguments": described} | make()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record) + "\n")
     return record

@@ -12,6 +12,7 @@ import xarray
 
 from benchmarks.reproduce.claims import INCONCLUSIVE, MARGIN, REPRODUCED, Claim, Estimate, Finding, judge, together
 from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES
+from benchmarks.reproduce.saes.trials import TUNED_AT
 from benchmarks.reproduce.simultaneous import ratio_intervals
 
 _CONTROLS = ("random latents", "random directions", "unsteered")
@@ -242,5 +243,10 @@ def tables(summary: xarray.Dataset, records: Records) -> str:
         found = estimates({arm: _success(records, experiment, block, stage, arm) for arm in ("concept", *_CONTROLS)})
         cells = [experiment, block, stage, str(record["strength"]), *map(str, found.values())]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Stages are t in {', '.join(f'{name} {span}' for name, span in STAGES.items())}.", ""]
+    lines += ["", f"Stages are t in {', '.join(f'{name} {span}' for name, span in STAGES.items())}."]
+    lines += [
+        "A strength is chosen on other pictures by the concept's success at one stage, and used at all:"
+        f" {', '.join(f'of {experiment}, {stage}' for experiment, stage in TUNED_AT.items())}.",
+        "",
+    ]
     return "\n".join(lines)
