@@ -1,5 +1,6 @@
 """Arms differ in what they should, and verdicts follow from numbers."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -31,7 +32,7 @@ def records(success):
                 by_arm = {
                     arm: (order < 100 * success(experiment, stage, arm)).astype(int).tolist() for arm in trials.ARMS
                 }
-                found[experiment, block, stage] = {"success": by_arm, "strength": 1.0, "known": 1.0}
+                found[experiment, block, stage] = {"success": by_arm, "strength": 1.0}
     return found
 
 
@@ -114,7 +115,7 @@ def test_whatever_is_missing_is_made_and_the_rest_is_found_again(tiny_pipe, tmp_
     first = capsys.readouterr().out
     record = json.loads((tmp_path / "steering" / "quadrant.down.early.json").read_text())
     assert {arm: len(found) for arm, found in record["success"].items()} == dict.fromkeys(trials.ARMS, 4 * 2)
-    assert record["known"] == 1
+    assert None not in record["success"]["concept"]
     page = (tmp_path / "claims.md").read_text()
     assert page.startswith("# Claims on concepts in diffusion models, tested")
     assert page.count("## ") == 4, "the claims on styles were not tested"
@@ -181,6 +182,68 @@ def test_every_stage_has_the_strength_that_is_best_where_steering_works(tmp_path
     assert again == found
     with pytest.raises(ValueError, match="other settings"):
         trials.run(studio, {}, named, experiment, "mid", tmp_path, "another model")
+
+
+def test_pictures_without_a_latent_to_steer_by_do_not_count(tmp_path, monkeypatch):
+    """Of the two objects that the dictionary knows, one is drawn steered; the third is not steered, and no failure."""
+    drawn = []
+
+    def draw(self, trial, number):
+        drawn.append(number)
+        return torch.full((len(trial.objects), 3, 8, 8), float(number))
+
+    monkeypatch.setattr(trials.Studio, "draw", draw)
+    monkeypatch.setattr(trials.editing, "steer", lambda *arguments, **options: contextlib.nullcontext())
+    monkeypatch.setattr(trials, "shows", lambda image, experiment, target: bool(image.max() > 0))
+    trial = trials.Trial("object", ("ball", "kite"), ("cat", "dog", "fox"), seed=0)
+    sae, dictionary = SparseAutoencoder(4, 2, 1).requires_grad_(False), _example().assign(n=("latent", [3, 3]))
+    options = {"stage": (0.6, 1.0), "strength": 1.0}
+    for arm in ("concept", "random latents", "random directions"):
+        found = trials.Studio(None, Settings()).successes(sae, dictionary, trial, arm=arm, **options)
+        numpy.testing.assert_array_equal(found, [0, 0, 1, 1, numpy.nan, numpy.nan])
+    assert drawn == [0, 1] * 3
+    unsteered = trials.Studio(None, Settings()).successes(sae, dictionary, trial, arm="unsteered", **options)
+    numpy.testing.assert_array_equal(unsteered, [0, 0, 1, 1, 1, 1])
+
+
+def test_pictures_that_do_not_count_are_counted():
+    """With half of the pictures unsteered, success is that of the other half, and so are its controls'."""
+    found = records(as_in_the_paper)
+    for record in found.values():
+        for arm, success in record["success"].items():
+            ends = {"concept": [None] * 100, "unsteered": [1] * 100}.get(arm, [None] * 100)
+            record["success"][arm] = success + ends
+    claims = {claim.name: claim for claim in verdicts.all_claims(layouts(0.6), found)}
+    assert {claim.verdict for claim in claims.values()} == {REPRODUCED}
+    (finding, *_) = claims["style_final"].findings
+    assert (finding.estimate.mean, finding.control.mean) == (0.25, 0.25)
+    assert "100 of 200 pictures have no latent to steer by" in finding.reason
+    summary = xarray.Dataset(coords={"autoencoder": []})
+    assert "| quadrant | down | early | 1.0 | 200 | 100 | 0.80 [" in verdicts.tables(summary, found)
+    for record in found.values():
+        record["success"]["concept"] = [None] * 200
+    claims = {claim.name: claim for claim in verdicts.all_claims(layouts(0.6), found)}
+    assert {claim.verdict for name, claim in claims.items() if name != "prediction"} == {INCONCLUSIVE}
+
+
+def test_a_strength_is_chosen_by_the_pictures_that_were_steered(tmp_path, monkeypatch):
+    """Half of the pictures have no latent; with all of them missing, the strongest is taken, and nothing fails."""
+
+    def successes(self, sae, dictionary, trial, span, arm, strength):
+        shown = numpy.where(numpy.arange(10) < 5, float(strength == 0.5), numpy.nan)
+        return shown if dictionary is known else numpy.full(10, numpy.nan)
+
+    monkeypatch.setattr(trials.Studio, "successes", successes)
+    known, unknown = _example(), _example()
+    for dictionary, strength in ((known, 0.5), (unknown, 2.0)):
+        named = {("mid", stage, "cond"): dictionary for stage in STAGES}
+        folder = tmp_path / str(strength)
+        studio = trials.Studio(None, Settings())
+        found = trials.run(studio, dict.fromkeys(named), named, "style", "mid", folder, "model")
+        assert found["final"]["strength"] == strength
+        expected = [1.0] * 5 + [None] * 5 if dictionary is known else [None] * 10
+        assert found["final"]["success"]["concept"] == expected
+        assert "NaN" not in (folder / "style.mid.tuning.json").read_text()
 
 
 def test_strengths_are_chosen_on_other_objects_and_noise():

@@ -24,9 +24,11 @@ import editing
 import mediation
 from benchmarks.emoji import world
 from benchmarks.emoji.evaluate import generate
+from benchmarks.reproduce.report import plain
 from benchmarks.reproduce.saes.preparing import OBJECTS, SEEDS, STAGES, Key, Settings
 from mediation import bundled
 from mediation.bundled.labelling import foreground
+from mediation.intervals import nanmean
 
 EXPERIMENTS = ("quadrant", "style", "background")
 ARMS = ("concept", "random latents", "random directions", "unsteered")
@@ -107,20 +109,20 @@ class Studio:
         arm: str,
         strength: float,
     ) -> numpy.ndarray:
-        """Whether each picture shows its target, by target and object; a target without latents fails."""
+        """1 where a picture shows its target, by target and object; NaN where there was no latent to steer by."""
         found = []
         for number, target in enumerate(trial.targets):
             if arm == "unsteered":
                 images = self.unsteered(trial, number)
-            elif has_latents(dictionary, trial.label(target)):
+            else:
                 used, latents = steered_by(sae, dictionary, trial.label(target), arm, seed=number)
+                if not latents:
+                    found += [numpy.nan] * len(trial.objects)
+                    continue
                 region = target if trial.experiment == "quadrant" else None
                 with editing.steer(self._pipe, used, latents, strength=strength, region=region, stage=stage):
                     images = self.draw(trial, number)
-            else:
-                images = ()
-            shown = [shows(image, trial.experiment, target) for image in images]
-            found += shown or [False] * len(trial.objects)
+            found += [float(shows(image, trial.experiment, target)) for image in images]
         return numpy.array(found)
 
 
@@ -145,7 +147,7 @@ def run(
         model: fingerprint of the pipeline.
 
     Returns:
-        By stage: successes by arm, (picture,), and the strength.
+        By stage: the strength, and successes by arm, (picture,), None where nothing could be steered.
 
     Raises:
         ValueError: if a file was made with another model or other settings.
@@ -159,10 +161,10 @@ def run(
 
     def tune() -> dict:
         stage = TUNED_AT[experiment]
-        rates = {strength: float(successes(tuning, stage, "concept", strength).mean()) for strength in STRENGTHS}
+        rates = {one: float(nanmean(successes(tuning, stage, "concept", one), 0)) for one in STRENGTHS}
         # of equal ones the strongest, so that no stage seems without effect for want of strength
-        best = max(rates, key=lambda strength: (rates[strength], strength))
-        return {"tuning": {str(strength): rate for strength, rate in rates.items()}, "strength": best}
+        best = max(rates, key=lambda strength: (numpy.nan_to_num(rates[strength]), strength))
+        return {"tuning": plain({str(strength): rate for strength, rate in rates.items()}), "strength": best}
 
     tuned = _made_once(folder / f"{experiment}.{block}.tuning.json", told, tune)
     strength = tuned["strength"]
@@ -170,9 +172,8 @@ def run(
     for stage in STAGES:
 
         def report(stage: str = stage) -> dict:
-            found = {arm: successes(reported, stage, arm, strength).astype(int).tolist() for arm in ARMS}
-            targets = [has_latents(named[block, stage, "cond"], tuning.label(target)) for target in tuning.targets]
-            return {"success": found, "strength": strength, "known": sum(targets) / len(targets)}
+            found = {arm: successes(reported, stage, arm, strength).tolist() for arm in ARMS}
+            return {"success": plain(found), "strength": strength}
 
         path = folder / f"{experiment}.{block}.{stage}.json"
         records[stage] = _made_once(path, told | {"stage": STAGES[stage], "strength": strength}, report)
@@ -193,15 +194,12 @@ def _made_once(path: pathlib.Path, arguments: dict, make: Callable[[], dict]) ->
     return record
 
 
-def has_latents(dictionary: xarray.Dataset, label: str) -> bool:
-    """Whether any latent is ever active where a label is."""
-    return label in dictionary.label.values and bool((dictionary.iou.sel(label=label) > 0).any())
-
-
 def steered_by(
     sae: mediation.SparseAutoencoder, dictionary: xarray.Dataset, label: str, arm: str, *, seed: int
 ) -> tuple[mediation.SparseAutoencoder, list[int]]:
-    """The autoencoder and the latents that an arm steers by."""
+    """The autoencoder and the latents that an arm steers by; none if no latent is ever active where the label is."""
+    if label not in dictionary.label.values or not (dictionary.iou.sel(label=label) > 0).any():
+        return sae, []
     latents = mediation.concept_latents(dictionary, label, k=N_LATENTS)
     if arm == "concept":
         return sae, latents

@@ -14,6 +14,7 @@ from benchmarks.reproduce.claims import INCONCLUSIVE, MARGIN, REPRODUCED, Claim,
 from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES
 from benchmarks.reproduce.saes.trials import TUNED_AT
 from benchmarks.reproduce.simultaneous import ratio_intervals
+from mediation.intervals import nanmean
 
 _CONTROLS = ("random latents", "random directions", "unsteered")
 
@@ -193,10 +194,9 @@ def _against_controls(records: Records, experiment: str, block: str, stage: str,
     own = _success(records, experiment, block, stage, "concept")
     others = {arm: _success(records, experiment, block, stage, arm) for arm in controls}
     differences = estimates({arm: own - other for arm, other in others.items()})
-    best = max(controls, key=lambda arm: others[arm].mean())
+    best = max(controls, key=lambda arm: nanmean(others[arm], 0))
     verdict = judge(list(differences.values()), []) if effective else judge([], list(differences.values()))
     told = "; ".join(f"{one} above {arm}" for arm, one in differences.items())
-    known = records[experiment, block, stage]["known"]
     return Finding(
         attribute=block,
         place=f"{BLOCKS[block]}, {stage}",
@@ -204,7 +204,7 @@ def _against_controls(records: Records, experiment: str, block: str, stage: str,
         control=estimates({"best": others[best]})["best"],
         sham=None,
         verdict=verdict,
-        reason=f"{told}; strength {records[experiment, block, stage]['strength']}, {known:.0%} of targets have latents",
+        reason=f"{told}; strength {records[experiment, block, stage]['strength']}{_left_out(own)}",
     )
 
 
@@ -219,7 +219,15 @@ def _of(layouts: xarray.Dataset, block: str, stage: str, branch: str = "cond") -
 
 
 def _success(records: Records, experiment: str, block: str, stage: str, arm: str) -> numpy.ndarray:
-    return numpy.array(records[experiment, block, stage]["success"][arm], float)
+    """Successes of an arm, NaN for pictures that the concept's arm could not steer, whatever other arms did."""
+    found = records[experiment, block, stage]["success"]
+    own, other = (numpy.array(found[name], float) for name in ("concept", arm))
+    return numpy.where(numpy.isnan(own), numpy.nan, other)
+
+
+def _left_out(own: numpy.ndarray) -> str:
+    n = int(numpy.isnan(own).sum())
+    return f"; {n} of {len(own)} pictures have no latent to steer by, and do not count" if n else ""
 
 
 def tables(summary: xarray.Dataset, records: Records) -> str:
@@ -237,16 +245,20 @@ def tables(summary: xarray.Dataset, records: Records) -> str:
         place = (str(one[name].values) for name in ("block", "stage", "branch"))
         lines.append(f"| {' | '.join([*place, *cells])} |")
     lines += ["", "Brackets: 95% bootstrap intervals over pictures.", ""]
-    lines += ["| experiment | block | stage | strength | " + " | ".join(("concept", *_CONTROLS)) + " |"]
-    lines += ["|---" * (4 + 1 + len(_CONTROLS)) + "|"]
+    lines += ["| experiment | block | stage | strength | pictures | not steered | "]
+    lines[-1] += " | ".join(("concept", *_CONTROLS)) + " |"
+    lines += ["|---" * (6 + 1 + len(_CONTROLS)) + "|"]
     for (experiment, block, stage), record in records.items():
         found = estimates({arm: _success(records, experiment, block, stage, arm) for arm in ("concept", *_CONTROLS)})
-        cells = [experiment, block, stage, str(record["strength"]), *map(str, found.values())]
+        own = _success(records, experiment, block, stage, "concept")
+        counts = (str(len(own)), str(int(numpy.isnan(own).sum())))
+        cells = [experiment, block, stage, str(record["strength"]), *counts, *map(str, found.values())]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Stages are t in {', '.join(f'{name} {span}' for name, span in STAGES.items())}."]
     lines += [
         "A strength is chosen on other pictures by the concept's success at one stage, and used at all:"
         f" {', '.join(f'of {experiment}, {stage}' for experiment, stage in TUNED_AT.items())}.",
+        "Pictures are not steered where the dictionary has no latent for what is wanted, and then they do not count.",
         "",
     ]
     return "\n".join(lines)
