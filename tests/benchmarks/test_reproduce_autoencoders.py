@@ -14,6 +14,7 @@ from benchmarks.reproduce import autoencoders
 from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from benchmarks.reproduce.saes import trials, verdicts
 from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES, Settings, places
+from benchmarks.reproduce.simultaneous import ratio_intervals
 from mediation import SparseAutoencoder
 from mediation.autoencoders.concepts import _example
 
@@ -105,6 +106,31 @@ def test_success_that_random_latents_have_too_is_no_effect():
     found = by_name(verdicts.all_claims(layouts(0.6), records(success)))
     assert found["composition_early"] in (NOT_REPRODUCED, INCONCLUSIVE)
     assert found["style_final"] == NOT_REPRODUCED
+
+
+def test_intervals_of_a_claim_hold_for_all_its_blocks_and_controls_together():
+    """They are those of one estimate of all differences, and wider than those of each block alone."""
+
+    def success(experiment, stage, arm):
+        return {"concept": 0.7, "random latents": 0.3, "random directions": 0.2}.get(arm, 0.25)
+
+    found, blocks = records(success), list(BLOCKS)
+    arms = ("random latents", "random directions", "unsteered")
+    differences = numpy.array(
+        [
+            numpy.subtract(found["style", block, "middle"]["success"]["concept"], one)
+            for block in blocks
+            for one in (found["style", block, "middle"]["success"][arm] for arm in arms)
+        ]
+    ).T
+    expected = ratio_intervals(differences, numpy.ones(100), 0.95)
+    claims = {claim.name: claim for claim in verdicts.all_claims(layouts(0.6), found)}
+    for i, finding in enumerate(claims["style_middle"].findings):
+        for j, arm in enumerate(arms):
+            one = verdicts.Estimate(*expected[:, 3 * i + j])
+            assert f"{one} above {arm}" in finding.reason
+            (alone,) = ratio_intervals(differences[:, [3 * i + j]], numpy.ones(100), 0.95).T
+            assert alone[2] - alone[1] < one.high - one.low
 
 
 def test_whatever_is_missing_is_made_and_the_rest_is_found_again(tiny_pipe, tmp_path, monkeypatch, capsys):

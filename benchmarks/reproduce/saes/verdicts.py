@@ -2,7 +2,8 @@
 
 Differences between arms are taken picture by picture. By their intervals they are judged as everywhere in these
 reproductions: an effect counts if all of its interval lies above `claims.MARGIN`, and is negligible if all of it lies
-within. Intervals are studentised, over pictures, and hold with 95% for all blocks of one claim together.
+within. Intervals are studentised, over pictures. Those of all the differences that one claim rests on, of every block
+and control, hold with 95% together; and so do those of the successes that are shown beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def _effective(name: str, statement: str, records: Records, where: tuple[str, st
         f"{experiment} success of pictures steered by the concept's latents",
         "the best of random latents, random directions and no steering",
         f"success exceeds that of each control by more than {MARGIN}",
-        [_against_controls(records, experiment, block, stage, effective=True) for block in blocks],
+        _against_controls(records, experiment, stage, blocks, effective=True),
     )
 
 
@@ -128,7 +129,7 @@ def _ineffective(name: str, statement: str, records: Records, where: tuple[str, 
         f"{experiment} success of pictures steered by the concept's latents",
         "no steering",
         f"success differs from that without steering by less than {MARGIN}",
-        [_against_controls(records, experiment, block, stage, effective=False) for block in blocks],
+        _against_controls(records, experiment, stage, blocks, effective=False),
     )
 
 
@@ -189,23 +190,32 @@ def settled(early: Sequence[Estimate], middle: Estimate) -> str:
     return INCONCLUSIVE if verdict == REPRODUCED and not was_open else verdict
 
 
-def _against_controls(records: Records, experiment: str, block: str, stage: str, *, effective: bool) -> Finding:
+def _against_controls(
+    records: Records, experiment: str, stage: str, blocks: Sequence[str], *, effective: bool
+) -> list[Finding]:
     controls = _CONTROLS if effective else ("unsteered",)
-    own = _success(records, experiment, block, stage, "concept")
-    others = {arm: _success(records, experiment, block, stage, arm) for arm in controls}
-    differences = estimates({arm: own - other for arm, other in others.items()})
-    best = max(controls, key=lambda arm: nanmean(others[arm], 0))
-    verdict = judge(list(differences.values()), []) if effective else judge([], list(differences.values()))
-    told = "; ".join(f"{one} above {arm}" for arm, one in differences.items())
-    return Finding(
-        attribute=block,
-        place=f"{BLOCKS[block]}, {stage}",
-        estimate=estimates({"own": own})["own"],
-        control=estimates({"best": others[best]})["best"],
-        sham=None,
-        verdict=verdict,
-        reason=f"{told}; strength {records[experiment, block, stage]['strength']}{_left_out(own)}",
-    )
+    own = {block: _success(records, experiment, block, stage, "concept") for block in blocks}
+    others = {(b, arm): _success(records, experiment, b, stage, arm) for b in blocks for arm in controls}
+    best = {block: max(controls, key=lambda arm, block=block: nanmean(others[block, arm], 0)) for block in blocks}
+    differences = estimates({(block, arm): own[block] - other for (block, arm), other in others.items()})
+    shown = estimates({(block, "own"): own[block] for block in blocks} | {b: others[b, best[b]] for b in blocks})
+    findings = []
+    for block in blocks:
+        found = {arm: differences[block, arm] for arm in controls}
+        told = "; ".join(f"{one} above {arm}" for arm, one in found.items())
+        strength = records[experiment, block, stage]["strength"]
+        findings.append(
+            Finding(
+                attribute=block,
+                place=f"{BLOCKS[block]}, {stage}",
+                estimate=shown[block, "own"],
+                control=shown[block],
+                sham=None,
+                verdict=judge(list(found.values()), []) if effective else judge([], list(found.values())),
+                reason=f"{told}; strength {strength}{_left_out(own[block])}",
+            )
+        )
+    return findings
 
 
 def _claim(name: str, statement: str, quantity: str, control: str, rule: str, findings: list[Finding]) -> Claim:
