@@ -192,6 +192,7 @@ class SparseAutoencoder(nn.Module):
             config = header["config"]
             if config["place"] is not None:
                 config["place"] = Place(**config["place"])
+                config["reads"] = config["place"].reads
         else:
             config, tensors = checkpoints.read(folder)
         reads = config.pop("reads", None)

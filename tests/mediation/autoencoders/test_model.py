@@ -76,6 +76,18 @@ def test_files_bring_everything_back(tmp_path, activation):
         SparseAutoencoder.from_pretrained(tmp_path)
 
 
+def test_what_was_read_of_a_transformer_is_read_again(tmp_path):
+    place = Place("unet.up.1.0", reads="output")
+    random_sae(place=place).save_pretrained(tmp_path)
+    assert SparseAutoencoder.from_pretrained(tmp_path).place == place
+    elsewhere = Place("unet.mid.0", (0.5,), reads="output")
+    assert SparseAutoencoder.from_pretrained(tmp_path, place=elsewhere).place == elsewhere
+    with pytest.raises(ValueError, match=r"trained on a transformer.s output: pass reads='output'"):
+        SparseAutoencoder.from_pretrained(tmp_path, place=Place("unet.up.1.0"))
+    random_sae().save_pretrained(tmp_path)
+    assert SparseAutoencoder.from_pretrained(tmp_path, place=place).place == place, "a file that says nothing of it"
+
+
 def theirs():
     random = torch.Generator().manual_seed(3)
     shapes = {"encoder": (9, 5), "decoder": (9, 5), "latent_bias": (9,), "bias": (5,)}
