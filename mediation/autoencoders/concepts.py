@@ -21,7 +21,8 @@ def score_latents(dictionary: xarray.Dataset) -> xarray.Dataset:
 
     Returns:
         A Dataset over latent: label, iou, precision, recall, monosemanticity, and the last four as chance_…; scores are
-        NaN, and labels empty, for latents that are not active in both halves of the pictures.
+        NaN, and labels empty, for latents that are not active in both halves of the pictures, or in the even ones never
+        where anything is labelled; by chance likewise, for those that meet nothing of other pictures.
 
     Example:
         >>> from mediation.autoencoders.concepts import _example
@@ -32,14 +33,14 @@ def score_latents(dictionary: xarray.Dataset) -> xarray.Dataset:
     for prefix in ("", "chance_"):
         chosen, judged = (dictionary.isel(fold=fold, drop=True) for fold in (0, 1))
         iou = agreement(chosen, prefix)["iou"]
-        alive = (chosen.active > 0) & (judged.active > 0)
         best = iou.fillna(-1).argmax("label")
+        named = (chosen.active > 0) & (judged.active > 0) & (iou.isel(label=best).drop_vars("label") > 0)
         scores = agreement(judged, prefix) | {"monosemanticity": _monosemanticity(judged, f"{prefix}overlap")}
         for name, score in scores.items():
-            found[f"{prefix}{name}"] = score.isel(label=best).drop_vars("label").where(alive)
+            found[f"{prefix}{name}"] = score.isel(label=best).drop_vars("label").where(named)
         if not prefix:
             labels = dictionary.label.values[best.values]
-            found["label"] = ("latent", numpy.where(alive.values, labels, ""))
+            found["label"] = ("latent", numpy.where(named.values, labels, ""))
     return xarray.Dataset(found, coords={"latent": dictionary.latent}, attrs=dict(dictionary.attrs))
 
 

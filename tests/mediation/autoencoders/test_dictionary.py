@@ -127,6 +127,18 @@ def test_scores_are_of_pictures_that_did_not_choose_the_label():
     numpy.testing.assert_allclose(scores.chance_monosemanticity, [0, 0], atol=1e-12)
 
 
+def test_a_latent_that_meets_no_label_has_none():
+    dictionary = _example()
+    dictionary.overlap[:, 1] = 0.0
+    dictionary.overlap[1, 1] = [3.0, 1.0]  # what it meets where it is judged does not name it
+    dictionary.chance_overlap[0, 0] = 0.0
+    scores = score_latents(dictionary)
+    assert scores.label.values.tolist() == ["object: cat", ""]
+    for name in ("iou", "precision", "recall", "monosemanticity"):
+        numpy.testing.assert_array_equal(numpy.isnan(scores[name]), [False, True])
+        numpy.testing.assert_array_equal(numpy.isnan(scores[f"chance_{name}"]), [True, False])
+
+
 def test_latents_and_labels_find_each_other():
     dictionary = _example()
     assert mediation.concept_latents(dictionary, "object: cat") == [0]
