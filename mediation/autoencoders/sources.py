@@ -130,7 +130,7 @@ class Stored:
     """Activations in an array, as `collect_activations` stores them; of a Zarr array, a window at a time is read.
 
     Args:
-        array: (position, feature), of numpy, torch or Zarr.
+        array: (position, feature), of numpy, torch or Zarr, in any precision.
         buffer: positions in a window, at most; all windows are about equally large.
 
     Raises:
@@ -166,7 +166,10 @@ class Stored:
         return {"kind": "stored", "shape": [int(n) for n in self._array.shape], "buffer": self._buffer}
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
-        return torch.as_tensor(numpy.asarray(self._array[start:stop])).float()
+        found = self._array[start:stop]
+        if not isinstance(found, torch.Tensor):
+            found = torch.as_tensor(numpy.asarray(found))
+        return found.detach().to("cpu", torch.float32)
 
 
 def choose_prompts(n_prompts: int, n: int, *, seed: int, stream: int) -> tuple[list[int], list[int]]:

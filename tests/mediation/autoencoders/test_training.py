@@ -167,6 +167,18 @@ def test_windows_are_about_equally_large_and_hold_each_position_once(n, buffer):
     assert torch.equal(source.window(len(windows)), windows[0]), "they begin anew"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_are_read_in_any_precision_and_with_or_without_gradients(dtype):
+    x = planted(n=400)[0].to(dtype)
+    found = Stored(x.clone().requires_grad_(), buffer=400).window(0)
+    assert torch.equal(found, x[:380].float())
+    assert not found.requires_grad
+    recipe = Recipe(n_positions=800, batch_size=100)
+    options = {"n_latents": 32, "k": 2, "recipe": recipe, "progress": False}
+    sae = mediation.fit_sae(x.clone().requires_grad_(), **options)
+    assert torch.equal(sae.decoder, mediation.fit_sae(x.float(), **options).decoder)
+
+
 def test_training_stops_when_nothing_more_is_learned():
     x = torch.randn(2000, D, generator=torch.Generator().manual_seed(0))  # nothing sparse about it
     recipe = Recipe(n_positions=1_000_000, batch_size=200, patience=2, learning_rate=1e-9)
