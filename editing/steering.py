@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -146,13 +146,9 @@ def _latents(sae: SparseAutoencoder, concept: int | str | Sequence[int], diction
         if dictionary is None:
             raise ValueError(f"to steer {concept!r} by name, pass dictionary=mediation.concept_dictionary(…)")
         return concept_latents(dictionary, concept, k=1)
-    chosen = [concept] if isinstance(concept, int | numpy.integer) else list(concept)
-    if not all(isinstance(latent, int | numpy.integer) for latent in chosen):
+    if not isinstance(concept, Iterable | int | numpy.integer):
         raise TypeError(f"a concept is a latent's number, several, or a label, got {concept!r}")
-    chosen = [int(latent) for latent in chosen]
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= latent < sae.n_latents for latent in chosen):
-        raise ValueError(f"a concept's latents are different integers from 0 to {sae.n_latents - 1}, got {chosen}")
-    return chosen
+    return sae.check_latents(concept if isinstance(concept, Iterable) else [concept])
 
 
 def named_region(name: str) -> torch.Tensor:

@@ -86,9 +86,7 @@ def trace_latents(
     check_spliceable(pipe, sae, branch)
     if mode not in LATENT_MODES:
         raise ValueError(f"mode must be one of {', '.join(LATENT_MODES)}; got {mode!r}")
-    chosen = tuple(range(sae.n_latents)) if latents is None else tuple(int(latent) for latent in latents)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= latent < sae.n_latents for latent in chosen):
-        raise ValueError(f"latents must be different integers from 0 to {sae.n_latents - 1}, at least one")
+    chosen = tuple(sae.check_latents(range(sae.n_latents) if latents is None else latents))
     plan = make_plan(
         pipe,
         cases,

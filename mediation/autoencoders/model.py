@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import operator
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +129,26 @@ class SparseAutoencoder(nn.Module):
             True
         """
         return self.scale * ((changed - latents) @ self.decoder)
+
+    def check_latents(self, latents: Iterable[int]) -> list[int]:
+        """The numbers of some of its latents, as a list.
+
+        Raises:
+            TypeError: if they are not integers.
+            ValueError: if there are none, or one is named twice, or does not exist.
+
+        Example:
+            >>> SparseAutoencoder(n_features=4, n_latents=8, k=2).check_latents(range(2, 4))
+            [2, 3]
+        """
+        given = list(latents)
+        try:
+            chosen = [operator.index(latent) for latent in given]
+        except TypeError as error:
+            raise TypeError(f"latents are named by integers, from 0 to {self.n_latents - 1}, got {given}") from error
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= latent < self.n_latents for latent in chosen):
+            raise ValueError(f"expected different integers from 0 to {self.n_latents - 1}, at least one, got {chosen}")
+        return chosen
 
     @property
     def config(self) -> dict:

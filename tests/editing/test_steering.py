@@ -150,7 +150,8 @@ def test_names_are_those_of_the_autoencoder_that_steers(tiny_pipe, other, messag
     [
         ({"concept": 24}, ValueError, "from 0 to 23"),
         ({"concept": []}, ValueError, "different integers"),
-        ({"concept": [1.5]}, TypeError, "a latent's number"),
+        ({"concept": [1.5]}, TypeError, "named by integers, from 0 to 23"),
+        ({"concept": 1.5}, TypeError, "a latent's number"),
         ({"strength": float("nan")}, ValueError, "finite"),
         ({"units": "kg"}, ValueError, "relative, norm, share"),
         ({"region": numpy.zeros((4, 4))}, ValueError, "true somewhere"),

@@ -167,6 +167,14 @@ def test_maps_that_cannot_be_made_are_errors(tiny_pipe, sae, wrong, message):
         mediation.trace_latents(tiny_pipe, sae, CASE, **FAST, **wrong)
 
 
+def test_latents_are_named_by_integers_and_not_by_what_is_close(tiny_pipe, sae):
+    with pytest.raises(TypeError, match=r"named by integers, from 0 to 23, got \[1\.7\]"):
+        mediation.trace_latents(tiny_pipe, sae, CASE, latents=[1.7], **FAST)
+    for same in ([3, 5], (3, 5), numpy.array([3, 5]), torch.tensor([3, 5]), range(3, 6, 2)):
+        found = sae.check_latents(same)
+        assert (found, {type(latent) for latent in found}) == ([3, 5], {int})
+
+
 def test_autoencoders_that_do_not_fit_are_errors(tiny_pipe, sae):
     with (
         pytest.raises(ValueError, match="does not know its place"),
