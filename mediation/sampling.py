@@ -56,11 +56,25 @@ class Sampling:
 
 @torch.no_grad()
 def sample_rows(
-    pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention], sampling: Sampling
+    pipe: DiffusionPipeline,
+    case: Case,
+    draw: int,
+    rows: Sequence[Intervention],
+    sampling: Sampling,
+    *,
+    progress: "Progress | None" = None,
 ) -> torch.Tensor:
     """Samples the clean row, the corrupted row, and one row per intervention.
 
     The denoiser computes a row from the step on in which it is first changed; until then it is the run it starts as.
+
+    Args:
+        pipe: the pipeline.
+        case: what is sampled.
+        draw: which draw of its corruption.
+        rows: what happens in the rows behind the controls.
+        sampling: how.
+        progress: kept up to date, for whoever else has to know whether a window is open.
 
     Returns:
         Final latents, (row, channel, height, width): row 0 is the clean run, row 1 the corrupted run, both untouched.
@@ -68,7 +82,7 @@ def sample_rows(
     family = family_of(pipe)
     n_rows = N_CONTROLS + len(rows)
     conditioning = encode_rows(pipe, case, draw, rows)
-    progress = _Progress(pipe)
+    progress = progress or Progress(pipe)
     waiting = Waiting(rows, family.denoiser)
     halves = sampling.changed_halves(family.guidance_halves)
 
@@ -162,7 +176,7 @@ def n_iterations(pipe: DiffusionPipeline, num_inference_steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-class _Progress:
+class Progress:
     """How much of sampling is done, told by the pipeline itself: denoiser calls are not steps."""
 
     def __init__(self, pipe: DiffusionPipeline):
@@ -170,8 +184,10 @@ class _Progress:
 
     @property
     def fraction(self) -> float:
+        """The share that is done, as windows count it: of the iterations of the pipeline's loop."""
         return self._n_done / self._pipe.num_timesteps
 
     def advance(self, _pipe, index: int, _timestep, tensors: dict) -> dict:
+        """What the pipeline calls at the end of each iteration."""
         self._n_done = index + 1
         return tensors

@@ -19,7 +19,7 @@ from mediation.metrics import Metric
 from mediation.plans import Plan, make_plan
 from mediation.restoration import restoration
 from mediation.rows import N_CONTROLS, Intervention
-from mediation.sampling import Sampling
+from mediation.sampling import Progress, Sampling, sample_rows
 from mediation.schema import check
 from mediation.tracing import label, plan_attributes
 from mediation.windows import WHOLE
@@ -162,15 +162,15 @@ class LatentPlan(Plan):
 
     def sample(self, pipe: DiffusionPipeline, case: Case, draw: int, rows: Sequence[Intervention]) -> torch.Tensor:
         """Final latents, as of `Plan.sample`; the rows' latents are changed on the way."""
-        numbered = enumerate(rows, start=N_CONTROLS)
+        numbered, progress = enumerate(rows, start=N_CONTROLS), Progress(pipe)
         latent_rows = {row: one for row, one in numbered if isinstance(one, LatentIntervention)}
 
-        def edit(latents: torch.Tensor, _activations: torch.Tensor, moment: Moment) -> torch.Tensor:
-            now = {row: one for row, one in latent_rows.items() if one.covers(moment.fraction)}
+        def edit(latents: torch.Tensor, _activations: torch.Tensor, _moment: Moment) -> torch.Tensor:
+            now = {row: one for row, one in latent_rows.items() if one.covers(progress.fraction)}
             changed = latents.clone() if now else latents
             for row, one in now.items():
                 changed[row, ..., one.latent] = 0.0 if self.ablates else latents[one.donor, ..., one.latent]
             return changed
 
         with spliced(pipe, self.sae, edit, branch=self.sampling.branch):
-            return super().sample(pipe, case, draw, rows)
+            return sample_rows(pipe, case, draw, rows, self.sampling, progress=progress)

@@ -80,11 +80,6 @@ class Moment(NamedTuple):
         # rounded, so that 1 − 0.4 is 0.6 and stages that meet at 0.6 share no step
         return 1.0 if self.n_steps == 1 else round(1 - self.index / (self.n_steps - 1), 9)
 
-    @property
-    def fraction(self) -> float:
-        """The share of steps that are done."""
-        return self.index / self.n_steps
-
 
 # What happens to activations (half, row, y, x, feature) at some moment; what it returns is added to them.
 Visit = Callable[[Moment, torch.Tensor], torch.Tensor | None]

@@ -1,5 +1,8 @@
 """Changed latents change a run by exactly what they add, and unchanged ones by no bit."""
 
+import itertools
+
+import diffusers
 import numpy
 import pytest
 import torch
@@ -95,12 +98,15 @@ def test_an_outer_context_reads_what_an_inner_one_left(tiny_pipe, sae):
     assert not torch.allclose(changed, plain, atol=0.1)
 
 
-def by_hand(pipe, sae, latent, mode):
-    """The clean and the changed run, of two rows, by a hook that knows nothing of the package's."""
+def by_hand(pipe, sae, latent, mode, *, calls=None, steps=2):
+    """The clean, the corrupted and the changed run by a hook that knows nothing of the package's, in some calls."""
+    n_calls = itertools.count()
     own, other = CASE.prompt, CASE.corrupted_prompt
     changed = own if mode != "restore" else other
 
     def hook(module, given, output):
+        if next(n_calls) not in (calls or range(99)):
+            return output
         z = sae.encode((output[0] - given[0]).permute(0, 2, 3, 1))
         # conditional rows: 3 clean, 4 corrupted, 5 changed
         value = {"restore": z[3, ..., latent], "knock_out": z[4, ..., latent], "ablate": 0}[mode]
@@ -112,7 +118,7 @@ def by_hand(pipe, sae, latent, mode):
     handle = block(pipe).register_forward_hook(hook)
     try:
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(CASE.seed)).expand(3, -1, -1, -1)
-        options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+        options = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "latent"}
         return pipe([own, other, changed], latents=noise, **options).images
     finally:
         handle.remove()
@@ -136,6 +142,34 @@ def test_a_map_of_latents_is_what_hooks_make_by_hand(tiny_pipe, sae, mode):
         assert -found == pytest.approx(rms(rows[2], rows[0]), rel=1e-3, abs=1e-5)
     assert max(moved) > 1e-3
     assert hooks_of(tiny_pipe) == hooks
+
+
+# diffusers' Heun scheduler makes arrays of tensors in a way that numpy 2 deprecates
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("scheduler", "n_calls", "calls"),
+    [
+        (diffusers.HeunDiscreteScheduler, 5, {2}),
+        (diffusers.PNDMScheduler, 4, {1, 2}),
+        (diffusers.DDIMScheduler, 3, {1}),
+    ],
+)
+def test_windows_are_those_of_other_maps_whatever_the_scheduler_repeats(
+    tiny_pipe, sae, monkeypatch, scheduler, n_calls, calls
+):
+    """Heun and PNDM call the denoiser twice at a timestep; windows count calls, as in `mediation.trace`."""
+    config = {**tiny_pipe.scheduler.config, "skip_prk_steps": True}
+    monkeypatch.setattr(tiny_pipe, "scheduler", scheduler.from_config(config))
+    window = (min(calls) / n_calls, (max(calls) + 1) / n_calls)
+    options = {"metric": LatentDistance(), "windows": [window], **FAST, "num_inference_steps": 3}
+    effects = mediation.trace_latents(tiny_pipe, sae, CASE, latents=[7], mode="ablate", **options)
+    assert len(tiny_pipe.scheduler.timesteps) == n_calls
+    rows = by_hand(tiny_pipe, sae, 7, "ablate", calls=calls, steps=3)
+    assert rms(rows[2], rows[0]) > 1e-4
+    assert -float(effects.restored.squeeze()) == pytest.approx(rms(rows[2], rows[0]), rel=1e-3)
+    for one in sorted({min(calls) - 1, max(calls) + 1} & set(range(n_calls))):
+        others = by_hand(tiny_pipe, sae, 7, "ablate", calls=calls | {one}, steps=3)
+        assert rms(others[2], others[0]) != pytest.approx(rms(rows[2], rows[0]), rel=1e-3), "each call counts"
 
 
 def test_maps_of_latents_are_maps(tiny_pipe, sae, tmp_path):
