@@ -34,7 +34,9 @@ def open_dictionary(path: str | os.PathLike) -> xarray.Dataset:
         dictionary = found.load()
     if missing := [name for name in _NEEDED if name not in dictionary]:
         raise ValueError(f"{path} holds no concept dictionary: it has no {', '.join(missing)}")
-    return dictionary.assign(thumbnail=dictionary.thumbnail.astype(numpy.uint8))
+    if "thumbnail" in dictionary:
+        dictionary = dictionary.assign(thumbnail=dictionary.thumbnail.astype(numpy.uint8))
+    return dictionary
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:

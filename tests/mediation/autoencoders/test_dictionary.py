@@ -174,6 +174,11 @@ def test_a_dictionary_of_a_pipeline_names_positions(tiny_pipe, tmp_path):
     assert strip.size == (2 * 18 - 2, 16)
 
 
+def test_a_dictionary_without_pictures_is_kept_like_others(tmp_path):
+    save_dictionary(_example(), tmp_path / "found.nc")
+    xarray.testing.assert_equal(open_dictionary(tmp_path / "found.nc"), _example())
+
+
 def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
     sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0")).requires_grad_(False)
     prompts = ["a cat", "a dog", "a red bird"]
