@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
@@ -48,7 +49,7 @@ def collect_activations(
     Raises:
         ImportError: if zarr is not installed.
         KeyError, ValueError: before any work, if an argument does not fit the pipeline, or the folder was made with
-            other arguments.
+            other arguments, or holds something else.
 
     Example:
         >>> import mediation, tempfile
@@ -82,6 +83,8 @@ def collect_activations(
     sampling = Sampling(num_inference_steps, guidance_scale)
     observe(pipe, prompts, range(len(prompts)), places, sampling=sampling, batch_size=size)  # checks, and draws nothing
     chosen, seeds = choose_prompts(len(prompts), n_images, seed=seed, stream=0)
+    if _is_foreign(zarr, pathlib.Path(path)):
+        raise ValueError(f"{path} holds something else than collected activations: choose another path, or remove it")
     group = zarr.open_group(path, mode="a")
     if group.attrs.get("settings", settings) != settings:
         raise ValueError(f"{path} was collected with other arguments: choose another path, or remove it")
@@ -124,6 +127,17 @@ def _write(group, name: str, activations, n_done: int, n_images: int, size: int)
         group.create_array(name, shape=shape, chunks=chunks, dtype="float32")
     start = n_done * n_positions
     group[name][start : start + len(values)] = values
+
+
+def _is_foreign(zarr, path: pathlib.Path) -> bool:
+    """Whether there is something at a path that this module did not begin; an empty folder or group is nothing."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return path.exists() and not path.is_dir()
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (FileNotFoundError, ValueError):  # no Zarr at all, or an array
+        return True
+    return "settings" not in group.attrs and len(group.attrs) + len(group) > 0
 
 
 def _zarr():

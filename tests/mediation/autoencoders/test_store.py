@@ -11,7 +11,7 @@ from mediation.autoencoders.observing import observe
 from mediation.autoencoders.sources import choose_prompts
 from mediation.sampling import Sampling
 
-pytest.importorskip("zarr")
+zarr = pytest.importorskip("zarr")
 PROMPTS = ["a cat", "a dog", "a red bird"]
 PLACES = [Place("unet.down.0.0", (1.0, 0.0)), Place("unet.mid.0", branch="uncond")]
 OPTIONS = {"places": PLACES, "n_images": 5, "seed": 2, "num_inference_steps": 2, "guidance_scale": 4.0, "batch_size": 2}
@@ -53,6 +53,40 @@ def test_an_interrupted_store_is_completed(tiny_pipe, tmp_path, monkeypatch):
         numpy.testing.assert_array_equal(part[place][:], whole[place][:])
     with pytest.raises(ValueError, match="other arguments"):
         mediation.collect_activations(tiny_pipe, PROMPTS, tmp_path / "part.zarr", **OPTIONS | {"seed": 3})
+
+
+def of_files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["array in a group", "attributes", "array", "files", "a file"])
+def test_what_others_have_stored_is_left_alone(tiny_pipe, tmp_path, kind):
+    path = tmp_path / "theirs"
+    if kind == "array in a group":
+        zarr.open_group(path, mode="w").create_array("0", shape=(3,), dtype="int32")
+    elif kind == "attributes":
+        zarr.open_group(path, mode="w").attrs["title"] = "theirs"
+    elif kind == "array":
+        zarr.create_array(path, shape=(3,), dtype="int32")
+    elif kind == "files":
+        path.mkdir()
+        (path / "notes.txt").write_text("theirs")
+    else:
+        path.write_text("theirs")
+    before = of_files(tmp_path)
+    with pytest.raises(ValueError, match="something else than collected activations"):
+        mediation.collect_activations(tiny_pipe, PROMPTS, path, progress=False, **OPTIONS)
+    assert of_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "group"])
+def test_what_is_empty_is_filled(tiny_pipe, tmp_path, kind):
+    path = tmp_path / "empty"
+    path.mkdir()
+    if kind == "group":
+        zarr.open_group(path, mode="w")
+    arrays = mediation.collect_activations(tiny_pipe, PROMPTS, path, progress=False, **OPTIONS)
+    assert arrays[PLACES[1]].shape == (5, 16)
 
 
 @pytest.mark.parametrize(
