@@ -2,6 +2,7 @@
 
 from mediation.autoencoders.concepts import concept_labels, concept_latents, embed_latents, score_latents
 from mediation.autoencoders.dictionary import concept_dictionaries, concept_dictionary
+from mediation.autoencoders.files import open_dictionary, save_dictionary
 from mediation.autoencoders.fitting import fit_sae, train_sae
 from mediation.autoencoders.layouts import emergence, summarize_emergence
 from mediation.autoencoders.mediating import top_latents, trace_latents
@@ -28,6 +29,8 @@ __all__ = [
     "fit_sae",
     "observe",
     "open_activations",
+    "open_dictionary",
+    "save_dictionary",
     "score_latents",
     "spliced",
     "summarize_emergence",

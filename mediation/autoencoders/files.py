@@ -10,10 +10,23 @@ _NEEDED = ("iou", "precision", "recall", "overlap", "chance_overlap", "area", "c
 
 
 def save_dictionary(dictionary: xarray.Dataset, path: str | os.PathLike) -> None:
-    """Writes a concept dictionary to a .nc file.
+    """Writes a concept dictionary to a .nc file, netCDF.
+
+    Args:
+        dictionary: from `mediation.concept_dictionary`.
+        path: ends in ".nc".
 
     Raises:
-        ValueError: if the name ends otherwise.
+        ValueError: if it ends otherwise.
+
+    Example:
+        >>> import mediation, tempfile
+        >>> from mediation.autoencoders.concepts import _example
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mediation.save_dictionary(_example(), f"{folder}/dictionary.nc")
+        ...     again = mediation.open_dictionary(f"{folder}/dictionary.nc")
+        >>> mediation.concept_latents(again, "dog")
+        [1]
     """
     # netCDF 3 has no unsigned bytes
     encoding = {"thumbnail": {"dtype": "int16"}} if "thumbnail" in dictionary else {}
@@ -21,7 +34,13 @@ def save_dictionary(dictionary: xarray.Dataset, path: str | os.PathLike) -> None
 
 
 def open_dictionary(path: str | os.PathLike) -> xarray.Dataset:
-    """Reads a concept dictionary, all of it into memory.
+    """Reads a concept dictionary that `save_dictionary` wrote, all of it into memory.
+
+    Args:
+        path: ends in ".nc".
+
+    Returns:
+        What `mediation.concept_dictionary` returned.
 
     Raises:
         FileNotFoundError: if there is no such file.

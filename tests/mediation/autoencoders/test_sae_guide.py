@@ -6,11 +6,12 @@ import shlex
 
 import matplotlib.pyplot
 import pytest
+import xarray
 from typer.testing import CliRunner
 
 import editing.cli
 import mediation.cli
-from mediation.autoencoders.files import open_dictionary
+from mediation import open_dictionary
 
 GUIDE = pathlib.Path(__file__).parents[3] / "docs" / "autoencoders.md"
 PROGRAMS = {"mediation": mediation.cli.app, "editing": editing.cli.app}
@@ -30,6 +31,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     assert names["image"].size == (64, 64)
     assert names["layout"].sizes == {"autoencoder": 1, "case": 4}
     assert (tmp_path / "latents.html").exists()
+    xarray.testing.assert_equal(open_dictionary("latents.nc"), names["dictionary"])
     assert (tmp_path / "my-sae" / "model.safetensors").stat().st_size > 2 * 256 * 128 * 4
 
 
