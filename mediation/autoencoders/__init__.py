@@ -9,6 +9,7 @@ from mediation.autoencoders.mediating import top_latents, trace_latents
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.observing import observe
 from mediation.autoencoders.places import Moment, Place
+from mediation.autoencoders.prediction import predict_layout
 from mediation.autoencoders.sheets import top_strip, write_sheet
 from mediation.autoencoders.splicing import spliced
 from mediation.autoencoders.store import collect_activations, open_activations
@@ -30,6 +31,7 @@ __all__ = [
     "observe",
     "open_activations",
     "open_dictionary",
+    "predict_layout",
     "save_dictionary",
     "score_latents",
     "spliced",

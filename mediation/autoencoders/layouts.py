@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-import torch.nn.functional as F
 import xarray
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from mediation.autoencoders.dictionary import Labeller, check_dictionary, label_masks
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.observing import check_prompts, observe
+from mediation.autoencoders.prediction import composition_iou, score_labels, votes_of
 from mediation.autoencoders.splicing import check_spliceable
 from mediation.intervals import check_interval, mean_interval
 from mediation.provenance import provenance
@@ -90,7 +90,7 @@ def emergence(
     sampling, seeds = Sampling(num_inference_steps, guidance_scale), range(seed, seed + len(prompts))
     for dictionary in dictionaries:
         _check_unseen(dictionary, prompts, seeds)
-    votes = [_votes(dictionary) for dictionary in dictionaries]
+    votes = [votes_of(dictionary) for dictionary in dictionaries]
     labels = [dictionary.label.values.tolist() for dictionary in dictionaries]
     sums = [_Sums() for _ in saes]
     scores: list[list[torch.Tensor]] = [[] for _ in saes]
@@ -101,8 +101,7 @@ def emergence(
             for i, sae in enumerate(saes):
                 for activations in found.activations[sae.place]:
                     latents = sums[i].add(sae, activations)
-                    # steps together, then (label, y, x)
-                    scores[i].append((latents.sum(0) @ votes[i]).permute(2, 0, 1))
+                    scores[i].append(score_labels(latents, votes[i]))
             masks += [_partition(label_masks(labeller, image)) for image in found.images]
             bar.update(len(found.prompts))
     n = len(prompts)
@@ -164,36 +163,6 @@ def summarize_emergence(
     return found.assign_coords(measure=list(rows)).assign_attrs(options)
 
 
-def composition_iou(scores: torch.Tensor, labels: Sequence[str], masks: dict[str, torch.Tensor]) -> float:
-    """The mean IoU of a predicted layout with masks.
-
-    Args:
-        scores: (label, y, x), at any resolution.
-        labels: of the scores.
-        masks: (height, width) by label, without overlap.
-
-    Returns:
-        The mean over the labels that have both; NaN if there are none.
-
-    Example:
-        >>> left = torch.tensor([[True, False]])
-        >>> scores = torch.stack([left.float(), 1 - left.float()])
-        >>> composition_iou(scores, ["cat", "ground"], {"cat": left, "ground": ~left})
-        1.0
-    """
-    present = [label for label, mask in masks.items() if label in labels and mask.any()]
-    if not present:
-        return float("nan")
-    size = masks[present[0]].shape
-    chosen = scores[[labels.index(label) for label in present]][None].float()
-    predicted = F.interpolate(chosen, tuple(size), mode="bilinear")[0].argmax(0)
-    found = []
-    for number, label in enumerate(present):
-        here, there = predicted == number, masks[label]
-        found.append(float((here & there).sum()) / float((here | there).sum()))
-    return sum(found) / len(found)
-
-
 class _Sums:
     """Sums of squares picture by picture, from which residuals and variances about the mean of all follow."""
 
@@ -233,13 +202,6 @@ def _check_unseen(dictionary: xarray.Dataset, prompts: Sequence[str], seeds: Seq
             f"{len(again)} of the pictures made a dictionary, as {prompt!r} with seed {seed}, and would be predicted"
             " from what is known of them: choose another seed, or other prompts"
         )
-
-
-def _votes(dictionary: xarray.Dataset) -> torch.Tensor:
-    """How much more often than anywhere a label is met where a latent is active, (latent, label)."""
-    counts = dictionary[["area", "n_positions"]].sum("fold")
-    base = counts.area / counts.n_positions
-    return torch.from_numpy((dictionary.precision - base).fillna(0).transpose("latent", "label").values).float()
 
 
 def _partition(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

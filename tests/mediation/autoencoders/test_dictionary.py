@@ -4,7 +4,6 @@ import itertools
 import json
 
 import numpy
-import PIL.Image
 import pytest
 import torch
 import xarray
@@ -13,10 +12,7 @@ import mediation
 from mediation import Place, SparseAutoencoder
 from mediation.autoencoders.concepts import _example, embed_latents, score_latents
 from mediation.autoencoders.files import open_dictionary, save_dictionary
-from mediation.autoencoders.layouts import _Sums, composition_iou
-from mediation.autoencoders.observing import observe
 from mediation.autoencoders.tally import Tally, on_grid
-from mediation.sampling import Sampling
 
 N_LATENTS, SIZE = 7, (4, 6)
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
@@ -177,91 +173,6 @@ def test_a_dictionary_of_a_pipeline_names_positions(tiny_pipe, tmp_path):
 def test_a_dictionary_without_pictures_is_kept_like_others(tmp_path):
     save_dictionary(_example(), tmp_path / "found.nc")
     xarray.testing.assert_equal(open_dictionary(tmp_path / "found.nc"), _example())
-
-
-def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
-    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0")).requires_grad_(False)
-    prompts = ["a cat", "a dog", "a red bird"]
-
-    def sides(image):
-        return {label: mask for label, mask in halves(image).items() if label != "dark"}
-
-    dictionary = mediation.concept_dictionary(tiny_pipe, sae, prompts, sides, n_top=1, **FAST)
-    found = mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, seed=9, **FAST)
-    (seen,) = observe(tiny_pipe, prompts, [9, 10, 11], [sae.place], sampling=Sampling(2, 4.0))
-    z = sae.encode(seen.activations[sae.place][:, 0])
-    votes = (dictionary.precision - 0.5).fillna(0).sel(label=["side: left", "side: right"])
-    scores = numpy.einsum("pyxc,cl->plyx", z, votes.transpose("latent", "label")).astype(numpy.float32)
-    on_left = numpy.arange(16) < 8
-    for case in range(3):
-        for name, used in (("miou", scores[case]), ("chance_miou", scores[case - 1])):
-            left, right = (PIL.Image.fromarray(one).resize((16, 16), PIL.Image.Resampling.BILINEAR) for one in used)
-            predicted = numpy.asarray(left) >= numpy.asarray(right)
-            pairs = ((predicted, on_left[None]), (~predicted, ~on_left[None]))
-            expected = numpy.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
-            assert float(found[name][0, case]) == pytest.approx(expected)
-    assert len(numpy.unique(found.miou)) > 1
-    summary = mediation.summarize_emergence(found)
-    explained = 1 - float(found.residual.sum() / found.variance.sum())
-    assert float(summary["mean"].sel(measure="explained_variance")[0]) == pytest.approx(explained)
-    gain = float((found.miou - found.chance_miou).mean())
-    assert float(summary["mean"].sel(measure="gain")[0]) == pytest.approx(gain)
-    with pytest.raises(ValueError, match="must not overlap"):
-        mediation.emergence(
-            tiny_pipe, [sae], [dictionary], prompts, lambda image: dict.fromkeys("ab", image[0] > -1), **FAST
-        )
-
-
-def test_pictures_that_made_a_dictionary_are_no_test_of_it(tiny_pipe):
-    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0")).requires_grad_(False)
-    prompts = ["a cat", "a dog", "a red bird"]
-
-    def sides(image):
-        return {label: mask for label, mask in halves(image).items() if label != "dark"}
-
-    dictionary = mediation.concept_dictionary(tiny_pipe, sae, prompts, sides, n_top=1, **FAST)
-    with pytest.raises(ValueError, match="3 of the pictures made a dictionary, as 'a cat' with seed 0"):
-        mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, seed=0, **FAST)
-    with pytest.raises(ValueError, match="1 of the pictures made a dictionary, as 'a red bird' with seed 2"):
-        mediation.emergence(tiny_pipe, [sae], [dictionary], ["a red bird", "a cat"], sides, seed=2, **FAST)
-    by_default = mediation.emergence(tiny_pipe, [sae], [dictionary], prompts, sides, **FAST)
-    assert not set(by_default.seed.values.tolist()) & set(dictionary.seed.values.tolist())
-    other_noise = mediation.emergence(tiny_pipe, [sae], [dictionary], ["a dog", "a cat"], sides, seed=2, **FAST)
-    assert other_noise.seed.values.tolist() == [2, 3], "a seed with another prompt is another picture"
-
-
-def test_layouts_are_predicted_by_an_autoencoder_s_own_dictionary(tiny_pipe):
-    sae = SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.0"))
-    dictionary = mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], halves, n_top=1, **FAST)
-    for other, message in (
-        (SparseAutoencoder(8, 17, 3, place=sae.place), "it has 16 latents, and the autoencoder 17"),
-        (SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.1")), "it is of unet.down.0.0 at t=1, cond"),
-        (SparseAutoencoder(8, 16, 3, place=sae.place, seed=1), "of other weights"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mediation.emergence(tiny_pipe, [other], [dictionary], ["a cat", "a dog"], halves, **FAST)
-
-
-def test_a_layout_is_scored_label_by_label():
-    cat = torch.zeros(4, 4, dtype=torch.bool)
-    cat[:2] = True
-    masks = {"cat": cat, "ground": ~cat}
-    scores = torch.stack([torch.tensor([[1.0], [1.0], [1.0], [0.0]]).expand(4, 4), torch.full((4, 4), 0.5)])
-    assert composition_iou(scores, ["cat", "ground"], masks) == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert composition_iou(scores[:1], ["cat"], masks) == pytest.approx(1 / 2), "what is not known is not counted"
-    assert numpy.isnan(composition_iou(scores, ["fox", "hen"], masks))
-
-
-def test_variances_are_about_the_mean_of_all_pictures():
-    sae = SparseAutoencoder(5, 9, 3).requires_grad_(False)
-    x = 3 + torch.randn(4, 1, 2, 3, 5, generator=torch.Generator().manual_seed(0))
-    sums = _Sums()
-    for picture in x:
-        torch.testing.assert_close(sums.add(sae, picture), sae.encode(picture))
-    residuals, variances = sums.totals()
-    mean = x.double().flatten(0, -2).mean(0)
-    numpy.testing.assert_allclose(variances, (x.double() - mean).square().sum((1, 2, 3, 4)))
-    numpy.testing.assert_allclose(residuals, (x - sae(x)).double().square().sum((1, 2, 3, 4)), rtol=1e-5)
 
 
 def test_mistakes_are_errors(tiny_pipe, tmp_path):

@@ -29,6 +29,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     matplotlib.pyplot.close("all")
     assert names["effects"].sizes["latent"] == 6
     assert names["image"].size == (64, 64)
+    assert names["predicted"].layout.shape == (1, 64, 64)
     assert names["layout"].sizes == {"autoencoder": 1, "case": 4}
     assert (tmp_path / "latents.html").exists()
     xarray.testing.assert_equal(open_dictionary("latents.nc"), names["dictionary"])
