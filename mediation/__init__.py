@@ -31,7 +31,7 @@ from mediation.distances import LPIPS, ImageMSE, LatentDistance
 from mediation.effects import indirect_effect, summarize, top_sites, total_effect
 from mediation.metrics import ClassProbability, CLIPScore
 from mediation.pipelines import load_pipeline
-from mediation.plots import plot_bars, plot_effects, plot_images
+from mediation.plots import plot_bars, plot_effects, plot_emergence, plot_images
 from mediation.sites import Site, neighbours, sites
 from mediation.textlayers import find_text_layers
 from mediation.tracing import trace
@@ -72,6 +72,7 @@ __all__ = [
     "open_dictionary",
     "plot_bars",
     "plot_effects",
+    "plot_emergence",
     "plot_images",
     "predict_layout",
     "save_dictionary",

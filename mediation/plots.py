@@ -1,4 +1,4 @@
-"""Pictures of causal maps."""
+"""Pictures of causal maps, and of what autoencoders show of a picture as it emerges."""
 
 import textwrap
 
@@ -8,6 +8,7 @@ import matplotlib.pyplot
 import numpy
 import xarray
 
+from mediation.autoencoders.layouts import summarize_emergence
 from mediation.effects import summarize
 from mediation.schema import check
 
@@ -174,6 +175,62 @@ def plot_images(
     ax.set_yticks(numpy.arange(len(rows)) * (height + gap) + (height - 1) / 2, [textwrap.fill(row, 22) for row in rows])
     ax.tick_params(length=0, labelsize=7)
     ax.spines[:].set_visible(False)
+    return ax
+
+
+def plot_emergence(
+    found: xarray.Dataset, measure: str = "miou", ax: matplotlib.axes.Axes | None = None
+) -> matplotlib.axes.Axes:
+    """Draws a measure of emergence over sampling: a line with 95% intervals for each site and branch, chance dashed.
+
+    Args:
+        found: from `mediation.emergence`.
+        measure: as of `mediation.summarize_emergence`; the mIoU is drawn beside what chance gives.
+        ax: where to draw; None makes a new figure.
+
+    Returns:
+        The axes; the first step is on the left.
+
+    Raises:
+        ValueError: if there is no such measure.
+
+    Example:
+        >>> from mediation.autoencoders.layouts import _example
+        >>> ax = plot_emergence(_example())
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['chance', 'unet.mid.0, cond']
+        >>> matplotlib.pyplot.close(ax.figure)
+    """
+    summary = summarize_emergence(found)
+    if measure not in summary.measure.values:
+        raise ValueError(f"measure must be one of {', '.join(summary.measure.values.tolist())}; got {measure!r}")
+    if ax is None:
+        ax = matplotlib.pyplot.subplots(figsize=(5.0, 3.4), layout="constrained")[1]
+    sites = list(dict.fromkeys(summary.site.values.tolist()))
+    colors = matplotlib.pyplot.get_cmap("cividis")(numpy.linspace(0.1, 0.85, len(sites)))
+    lines = dict.fromkeys(zip(summary.site.values.tolist(), summary.branch.values.tolist(), strict=True))
+    for site, branch in lines:
+        own = summary.isel(autoencoder=((summary.site == site) & (summary.branch == branch)).values).sortby("t")
+        here, color = own.sel(measure=measure), colors[sites.index(site)]
+        ax.errorbar(
+            own.t.values,
+            here["mean"].values,
+            yerr=numpy.maximum(0, [here["mean"] - here.low, here.high - here["mean"]]),
+            color=color,
+            marker="o" if branch == "cond" else "s",
+            markerfacecolor=color if branch == "cond" else "white",
+            capsize=3,
+            label=f"{site}, {branch}",
+        )
+        if measure == "miou":
+            chance = own["mean"].sel(measure="chance_miou")
+            ax.plot(own.t.values, chance.values, color=color, linestyle="--", linewidth=1)
+    if measure == "miou":
+        ax.lines[-1].set_label("chance")
+    ax.set_xlim(1.05, -0.05)
+    ax.set_xlabel("t, what is left of sampling")
+    ax.set_ylabel({"miou": "mIoU of the predicted layout"}.get(measure, measure.replace("_", " ")))
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -24,6 +24,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
+import matplotlib.pyplot
 import torch
 
 import mediation
@@ -67,6 +68,9 @@ def run(settings: Settings, blocks: Sequence[str], experiments: Sequence[str], f
     claims = verdicts.all_claims(layouts, records)
     told = {"pipeline": "Emoji Diffusion", "fingerprint": model[:12], **dataclasses.asdict(settings)}
     report.write(claims, folder, told, _SCOPE, title="Claims on concepts in diffusion models, tested")
+    figure = mediation.plot_emergence(layouts).figure
+    figure.savefig(folder / "emergence.png", dpi=200)
+    matplotlib.pyplot.close(figure)
     (folder / "tables.md").write_text(verdicts.tables(mediation.summarize_emergence(layouts), records))
     for claim in claims:
         print(f"{claim.name}: {claim.verdict}")

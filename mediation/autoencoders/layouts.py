@@ -204,6 +204,20 @@ def _check_unseen(dictionary: xarray.Dataset, prompts: Sequence[str], seeds: Seq
         )
 
 
+def _example() -> xarray.Dataset:
+    """What `emergence` returns, in small, for examples: an autoencoder at three steps, watched over two pictures."""
+    values = {"residual": 1.0, "variance": 2.0, "miou": 0.6, "chance_miou": 0.4}
+    return xarray.Dataset(
+        {name: (("autoencoder", "case"), numpy.full((3, 2), value)) for name, value in values.items()},
+        coords={
+            "autoencoder": [f"unet.mid.0 at t={t}, cond" for t in (1, 0.5, 0)],
+            "site": ("autoencoder", ["unet.mid.0"] * 3),
+            "t": ("autoencoder", [1.0, 0.5, 0.0]),
+            "branch": ("autoencoder", ["cond"] * 3),
+        },
+    )
+
+
 def _partition(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if masks and torch.stack(list(masks.values())).sum(0).max() > 1:
         raise ValueError(

@@ -1,5 +1,6 @@
 """A heat map shows the summary's numbers where its labels say."""
 
+import matplotlib.colors
 import matplotlib.pyplot
 import numpy
 import pytest
@@ -194,6 +195,43 @@ def test_strips_need_images_of_one_token():
     controls = with_images(make([[[1.0]]]), 1)[["clean_image", "corrupted_image"]]
     with pytest.raises(ValueError, match="choose one token"):
         mediation.plot_images(effects.assign(controls).assign(restored_image=pictured))
+
+
+def test_emergence_is_a_line_for_each_site_and_branch_with_chance_dashed():
+    keys = [(site, t, branch) for site in ("down", "mid") for t in (0.0, 1.0, 0.5) for branch in ("cond", "uncond")]
+    sites, steps, branches = zip(*keys, strict=True)
+    random = numpy.random.default_rng(0)
+    names = ("residual", "variance", "miou", "chance_miou")
+    found = xarray.Dataset(
+        {name: (("autoencoder", "case"), random.uniform(0.1, 0.9, size=(12, 5))) for name in names},
+        coords={
+            "site": ("autoencoder", list(sites)),
+            "t": ("autoencoder", list(steps)),
+            "branch": ("autoencoder", list(branches)),
+        },
+    )
+    ax = mediation.plot_emergence(found)
+    dashed = {tuple(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"}
+    shown = {box.get_label(): box for box in ax.containers}
+    assert len(shown) == 4
+    for site in ("down", "mid"):
+        for branch in ("cond", "uncond"):
+            own = found.isel(autoencoder=[keys.index((site, t, branch)) for t in (0.0, 0.5, 1.0)])
+            line, _, (bars,) = shown[f"{site}, {branch}"].lines
+            assert line.get_xdata().tolist() == [0, 0.5, 1]
+            numpy.testing.assert_allclose(line.get_ydata(), own.miou.mean("case"))
+            assert tuple(own.chance_miou.mean("case").values) in dashed
+            low, high = numpy.array([segment[:, 1] for segment in bars.get_segments()]).T
+            expected = mediation.summarize_emergence(own).sel(measure="miou")
+            numpy.testing.assert_allclose((low, high), (expected.low, expected.high))
+            filled = line.get_color() if branch == "cond" else "white"
+            assert matplotlib.colors.same_color(line.get_markerfacecolor(), filled)
+    left, right = ax.get_xlim()
+    assert left > 1 > 0 > right, "the first step is on the left"
+    explained = mediation.plot_emergence(found, "explained_variance")
+    assert not any(line.get_linestyle() == "--" for line in explained.lines)
+    with pytest.raises(ValueError, match="one of explained_variance, miou"):
+        mediation.plot_emergence(found, "beauty")
 
 
 def test_one_metric_at_a_time():

@@ -255,6 +255,7 @@ def tables(summary: xarray.Dataset, records: Records) -> str:
         place = (str(one[name].values) for name in ("block", "stage", "branch"))
         lines.append(f"| {' | '.join([*place, *cells])} |")
     lines += ["", "Brackets: 95% bootstrap intervals over pictures.", ""]
+    lines += ["![mIoU of the predicted layout over sampling](emergence.png)", ""]
     lines += ["| experiment | block | stage | strength | pictures | not steered | "]
     lines[-1] += " | ".join(("concept", *_CONTROLS)) + " |"
     lines += ["|---" * (6 + 1 + len(_CONTROLS)) + "|"]
