@@ -73,6 +73,8 @@ def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
 def recomputing(module: nn.Module, around: Around = contextlib.nullcontext) -> Iterator[None]:
     """Keeps the inputs of a module's calls inside in place of their graphs; gradients are to be taken outside.
 
+    A call is made again with the hooks that it had, which belong to what is differentiated.
+
     Args:
         module: computes a tuple of tensors, the same each time.
         around: as of `differentiable`.
@@ -87,7 +89,9 @@ def recomputing(module: nn.Module, around: Around = contextlib.nullcontext) -> I
         >>> torch.autograd.grad(y, x)[0].item()  # 4 x³
         108.0
     """
-    forward, own = module.forward, vars(module).get("forward")
+    # All of a call, hooks included, where torch.nn.Module looks for it: a lean `forward` would run between the module's
+    # own hooks, and these once more in each call that is made again.
+    whole, own = module._call_impl, vars(module).get("_call_impl")
     numbers = itertools.count()
 
     def lean(*arguments, **options):
@@ -101,22 +105,21 @@ def recomputing(module: nn.Module, around: Around = contextlib.nullcontext) -> I
             return function(*positional, **named)
 
         def again(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            if vars(module).get("forward") is lean:
+            if vars(module).get("_call_impl") is lean:
                 raise RuntimeError("gradients are to be taken outside of this context")
-            # the module itself, since its hooks run around this function the first time
             return call(module, inputs)
 
         inputs = [leaves[i] for i in tracked]
-        return _Recomputed.apply(functools.partial(call, forward), again, around, next(numbers), *inputs)
+        return _Recomputed.apply(functools.partial(call, whole), again, around, next(numbers), *inputs)
 
-    module.forward = lean
+    module._call_impl = lean
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            del module._call_impl
         else:
-            module.forward = own
+            module._call_impl = own
 
 
 class _Recomputed(torch.autograd.Function):

@@ -77,6 +77,8 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> torch.Tensor:
 def recorded_calls(module: nn.Module) -> Iterator[list[Callable[[], object]]]:
     """Keeps every call of a module, to be made again; of its results, nothing is kept.
 
+    Arguments are kept as the caller gave them, before hooks that others left on the module: these run again.
+
     Yields:
         The calls so far: functions without arguments.
 
@@ -92,7 +94,7 @@ def recorded_calls(module: nn.Module) -> Iterator[list[Callable[[], object]]]:
     def record(module, arguments, options):
         calls.append(functools.partial(module, *arguments, **options))
 
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    handle = module.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
     try:
         yield calls
     finally:
@@ -137,7 +139,7 @@ def represented(module: nn.Module, choose: Callable[[torch.Tensor], Sequence[int
 
 @contextlib.contextmanager
 def announced(module: nn.Module, receive: Callable[..., None]) -> Iterator[None]:
-    """Passes the arguments of every call of a module to a function, before the call.
+    """Passes the arguments of every call of a module to a function, before the call, as the caller gave them.
 
     Example:
         >>> layer = nn.Identity()
@@ -149,7 +151,7 @@ def announced(module: nn.Module, receive: Callable[..., None]) -> Iterator[None]
     def tell(_module, arguments, options):
         receive(*arguments, **options)
 
-    handle = module.register_forward_pre_hook(tell, with_kwargs=True)
+    handle = module.register_forward_pre_hook(tell, prepend=True, with_kwargs=True)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mediation.adjoint import frozen
-from mediation.hooks import hooked
+from mediation.hooks import announced
 from mediation.parameters import locate
 from mediation.pipelines import family_of, quiet
 from mediation.sampling import Sampling
@@ -187,16 +187,15 @@ def _trajectories(pipe, prompt: str, seeds: Sequence[int], sampling: Sampling, b
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     latents, timesteps = [], []
 
-    def read(batch: torch.Tensor) -> torch.Tensor:
+    def read(batch: torch.Tensor, *_arguments, **_options) -> None:
         latents.append(batch.chunk(len(halves))[halves.index("cond")].clone())
-        return batch
 
     def advance(_pipe, _index: int, timestep: torch.Tensor, tensors: dict) -> dict:
         timesteps.append(timestep)
         bar.update(n_rows)
         return tensors
 
-    with hooked(inputs=[(denoiser, read)]):
+    with announced(denoiser, read):
         final = pipe(
             **{keyword: value.expand(n_rows, *value.shape[1:]) for keyword, value in conditioning.items()},
             latents=noise.to(pipe._execution_device, denoiser.dtype),

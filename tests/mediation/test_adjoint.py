@@ -63,12 +63,26 @@ def test_the_adjoint_is_autograd_over_the_whole_loop(pipe, name, monkeypatch):
     assert pipe.scheduler is scheduler
     copy.deepcopy(pipe.scheduler)  # which a graph in its memory would forbid
     assert hooks_of(pipe) == hooks
-    assert "forward" not in vars(pipe.unet)
+    assert not {"forward", "_call_impl"} & set(vars(pipe.unet))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in pipe.unet.parameters())
     expected = gradients(pipe, contextlib.nullcontext(), 6)
     for one, other in zip(found, expected, strict=True):
         assert one.abs().max() > 0.01
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
+
+
+def test_hooks_of_others_on_the_denoiser_are_differentiated_once(pipe):
+    """Neither hook commutes with the network, so that one that runs twice changes every gradient."""
+    before = pipe.unet.register_forward_pre_hook(lambda module, given: (1.3 * given[0], *given[1:]))
+    behind = pipe.unet.register_forward_hook(lambda module, given, output: (output[0] + 0.1 * output[0].square(),))
+    with before, behind:
+        with frozen(pipe):
+            found = gradients(pipe, differentiable(pipe), 3)
+        expected = gradients(pipe, contextlib.nullcontext(), 3)
+    plain = gradients(pipe, contextlib.nullcontext(), 3)
+    for one, other, without in zip(found, expected, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
+        assert (other - without).abs().max() > 0.01 * without.abs().max()
 
 
 def test_the_adjoint_is_the_slope_of_the_outcome(pipe):

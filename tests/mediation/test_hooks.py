@@ -69,6 +69,18 @@ def test_recorded_calls_are_made_again_and_the_record_ends_on_errors():
     assert not layer._forward_pre_hooks
 
 
+def test_hooks_of_others_run_once_in_a_call_that_is_made_again():
+    layer, heard = nn.Identity(), []
+    with (
+        layer.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+        recorded_calls(layer) as calls,
+        announced(layer, lambda x: heard.append(x.item())),
+    ):
+        assert layer(torch.ones(1)).item() == 2
+        assert calls[0]().item() == 2
+    assert heard == [1, 1]
+
+
 def test_a_tensor_that_leaves_twice_is_watched_each_time():
     x, arrived = torch.ones(1, requires_grad=True), []
     first, second = (watched(x, lambda gradient: arrived.append(gradient.item())) for _ in range(2))

@@ -33,6 +33,14 @@ def test_the_denoiser_is_asked_as_the_pipeline_asks_it(family):
     assert found.timesteps.tolist() == [int(t) for _, t, _ in steps]
 
 
+def test_latents_are_those_before_hooks_that_others_left_on_the_denoiser(tiny_pipe):
+    """The hook runs again whenever the denoiser is asked; the first latents are the noise that sampling starts from."""
+    noise = torch.randn(1, *family_of(tiny_pipe).latent_shape(tiny_pipe), generator=torch.Generator().manual_seed(SEED))
+    with tiny_pipe.unet.register_forward_pre_hook(lambda module, given: (2 * given[0], *given[1:])):
+        found = erase_objective(tiny_pipe, CONCEPT, "", seeds=[SEED], **DRAWN)
+    assert torch.equal(found.latents[:1], noise)
+
+
 def test_small_cotangents_survive_half_precision_and_large_sums_do_not_overflow():
     weight = torch.ones((), dtype=torch.float16, requires_grad=True)
     (small,) = _pull_back([weight * torch.full((8,), 3.0).half()], [torch.full((8,), 1e-10)], [weight])
