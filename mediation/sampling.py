@@ -170,7 +170,15 @@ def denoise(
 
 
 def n_iterations(pipe: DiffusionPipeline, num_inference_steps: int) -> int:
-    """How often the pipeline's loop runs for this many steps: some schedulers take several iterations for a step."""
+    """How often the pipeline's loop runs for this many steps: some schedulers take several iterations for a step.
+
+    Example:
+        >>> import diffusers, mediation
+        >>> pipe = mediation.load_pipeline()
+        >>> pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+        >>> n_iterations(pipe, 10)
+        11
+    """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     return len(scheduler.timesteps)

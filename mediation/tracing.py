@@ -77,9 +77,9 @@ def trace(
         tokens: token groups (bos, before, subject, last_subject, after, eos, padding, all) or positions at which to
             change text-encoder sites, or "each" for every position; adds a `token` dimension.
         windows: (start, stop) fractions of sampling in which to change sites of the denoiser, or "each" for one per
-            step; adds a `window` dimension. Each must hold an iteration of the scheduler. None is all of sampling but
-            for "attribution_patching", whose estimates are of single steps: there it is "each", unless sites of a text
-            encoder are asked for.
+            iteration of the scheduler: a step, of which some make several iterations. Adds a `window` dimension. Each
+            must hold an iteration. None is all of sampling but for "attribution_patching", whose estimates are of
+            single iterations: there it is "each", unless sites of a text encoder are asked for.
         mode: "restore" or "knock_out".
         branch: half of the guided batch that is changed in the denoiser: "cond", "uncond" or "both". Sites of a text
             encoder feed the conditional half only, and cannot be changed for "uncond".

@@ -20,7 +20,7 @@ def check_windows(
 
     Args:
         pipe: the pipeline.
-        windows: (start, stop) fractions, or "each" for one per step; None stays None.
+        windows: (start, stop) fractions, or "each" for one per iteration; None stays None.
         num_inference_steps: sampler steps.
 
     Raises:
@@ -34,18 +34,18 @@ def check_windows(
     """
     if windows is None:
         return None
+    # Heun's and PNDM's schedulers iterate more often than they are told to step
+    n = n_iterations(pipe, num_inference_steps)
     if isinstance(windows, str):
         if windows != "each":
-            raise ValueError(f'windows is "each", for one per step, or a list of (start, stop), got {windows!r}')
-        windows = itertools.pairwise(step / num_inference_steps for step in range(num_inference_steps + 1))
+            raise ValueError(f'windows is "each", for one per iteration, or a list of (start, stop), got {windows!r}')
+        windows = itertools.pairwise(i / n for i in range(n + 1))
     found = tuple(map(_pair, windows if isinstance(windows, Iterable) else [windows]))
     if not found:
         raise ValueError("windows is empty: pass None, or a list of (start, stop) fractions of sampling")
     names = [window_name(window) for window in found]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"windows are given twice: {', '.join(repeated)}")
-    # Heun's and PNDM's schedulers iterate more often than they are told to step
-    n = n_iterations(pipe, num_inference_steps)
     for window in found:
         if not any(Intervention(window=window).covers(i / n) for i in range(n)):
             raise ValueError(

@@ -1,8 +1,9 @@
-"""A pipeline whose denoiser is linear in latents, text and all activations, so that first-order estimates are exact."""
+"""A pipeline that is linear in latents, text and all activations, so that first-order estimates are exact."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
 from tests import tiny
@@ -76,15 +77,29 @@ class LinearUNet(ModelMixin, ConfigMixin):
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **_):
         x, skips = self.down_blocks[0](self.conv_in(sample), encoder_hidden_states)
         x, _ = self.up_blocks[0](x + skips[0] + skips[1], encoder_hidden_states)
-        return (self.conv_out(x),)
+        predicted = self.conv_out(x)
+        return UNet2DConditionOutput(predicted) if return_dict else (predicted,)
 
 
 def linear_pipeline(**overrides):
-    """A `StableDiffusionPipeline` in float64 with a `LinearUNet`."""
+    """A `StableDiffusionPipeline` in float64 with a `LinearUNet`, and a text encoder that is linear as well."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = LinearUNet().eval()
-    return double(tiny.stable_diffusion(unet=unet, **overrides))
+    pipe = double(tiny.stable_diffusion(unet=unet, text_encoder={"hidden_act": "linear"}, **overrides))
+    _make_linear(pipe.text_encoder)
+    return pipe
+
+
+@torch.no_grad()
+def _make_linear(text_encoder: nn.Module) -> None:
+    """Leaves out the norms, and lets every token attend to all before it alike."""
+    for path, module in list(text_encoder.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            text_encoder.set_submodule(path, nn.Identity())
+        if path.endswith("q_proj"):
+            module.weight.zero_()
+            module.bias.zero_()
 
 
 def linear_metric(images, latents, cases):

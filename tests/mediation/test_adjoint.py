@@ -19,6 +19,7 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "pndm": diffusers.PNDMScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
 }
 
 
@@ -51,7 +52,7 @@ def gradients(pipe, context, n_steps):
     return torch.autograd.grad(outcome(latents), [start, *doors.values()])
 
 
-# diffusers' Euler scheduler makes arrays of tensors in a way that numpy 2 deprecates
+# some of diffusers' schedulers make arrays of tensors in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_adjoint_is_autograd_over_the_whole_loop(pipe, name, monkeypatch):

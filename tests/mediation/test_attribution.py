@@ -35,22 +35,6 @@ def indirect(effects):
     return mediation.indirect_effect(effects).squeeze(("case", "draw"), drop=True)
 
 
-@pytest.mark.parametrize("mode", ["restore", "knock_out"])
-@pytest.mark.parametrize("branch", ["cond", "uncond"])
-def test_estimates_are_exact_where_everything_is_linear(linear, mode, branch):
-    chosen = [*mediation.sites(linear, network="unet"), *mediation.sites(linear, network="unet", component="block")]
-    chosen += mediation.sites(linear, network="unet", component="self_attention", heads=True)
-    options = {"sites": chosen, "metric": linear_metric, "mode": mode, "branch": branch, "windows": "each"}
-    exact = mediation.trace(linear, CASE, **options, **FAST)
-    estimated = mediation.trace(linear, CASE, **options, **ESTIMATE)
-    assert estimated.attrs["estimate"] == "first_order"
-    assert estimated.restored.dims == exact.restored.dims == ("case", "draw", "site", "window")
-    floor = 1e-6 * float(abs(mediation.total_effect(exact)).max())
-    assert (abs(indirect(exact)).max("window") > floor).all()
-    for name in ("clean", "corrupted", "sham", "restored"):
-        numpy.testing.assert_allclose(estimated[name], exact[name], rtol=1e-9)
-
-
 def test_the_default_is_every_site_of_the_denoiser_at_every_step(linear):
     estimated = mediation.trace(linear, CASE, metric=linear_metric, **ESTIMATE)
     assert estimated.window.values.tolist() == ["0–0.5", "0.5–1"]
