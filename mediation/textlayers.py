@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from mediation.cases import Case
 from mediation.direct import text_layers
-from mediation.effects import indirect_effect, top_sites
+from mediation.effects import indirect_effect
 from mediation.tracing import trace
 
 
@@ -41,6 +41,8 @@ def find_text_layers(
 
         mean IE / mean TE >= share
 
+    whichever sign the total effect has: of some metrics, less is better.
+
     Args:
         pipe: a diffusers pipeline of a supported family.
         cases: what to look for; with `ReplaceSubject`, the layers read the prompt about something else.
@@ -53,7 +55,7 @@ def find_text_layers(
         The layers, and the map that they were found in.
 
     Raises:
-        ValueError: if no run of layers has enough of the effect, with the best one.
+        ValueError: if no run of layers has enough of the effect, with the best one; or if there is no total effect.
         TypeError, KeyError, ValueError: before any work, if an argument does not fit the pipeline.
 
     References:
@@ -84,11 +86,15 @@ def find_text_layers(
     for m in range(1, max_layers + 1):
         runs = [names[first : first + m] for first in range(len(names) - m + 1)]
         maps.append(trace(pipe, cases, sites=runs, backend="direct_effect", mode=mode, **options))
-        if not (largest := top_sites(maps[-1], k=1)):
-            raise ValueError("the metric is finite for no run of layers in every case: see the warnings")
-        (best,) = largest
-        shares = indirect_effect(maps[-1], normalize=True).sel(site=best)
-        reached = float(shares.mean("draw").mean())
+        # by shares, since total effects are negative by a metric of which less is better
+        shares = indirect_effect(maps[-1], normalize=True).mean("draw").mean("case")
+        if shares.isnull().all():
+            raise ValueError(
+                "no case has a total effect above the noise floor and a finite metric, of which layers could carry a"
+                " share: choose cases whose subject the metric sees, or another metric"
+            )
+        best = str(shares.idxmax("site").item())
+        reached = float(shares.max())
         if reached >= share:
             return TextLayers(tuple(best.split("+")), _joined(maps))
     raise ValueError(

@@ -2,12 +2,13 @@
 
 import contextlib
 
+import numpy
 import pytest
 import torch
 
 import editing
 import mediation
-from mediation import Case, LatentDistance, ReplaceSubject
+from mediation import Case, LatentDistance, ReplaceSubject, textlayers
 from mediation.direct import text_layers
 from mediation.pipelines import family_of
 from tests.runs import hooks_of
@@ -107,6 +108,36 @@ def test_a_share_that_is_not_reached_is_an_error_with_the_best(tiny_pipe):
         mediation.find_text_layers(
             tiny_pipe, CASE, mode="restore", share=0.999, max_layers=1, **FAST | {"num_inference_steps": 1}
         )
+
+
+@pytest.mark.parametrize("mode", ["restore", "knock_out"])
+def test_the_search_does_not_depend_on_which_way_a_metric_counts(tiny_pipe, mode):
+    def size(images, latents, cases):
+        return latents.square().mean((1, 2, 3)).numpy()
+
+    size.needs_images = False
+    options = FAST | {"num_inference_steps": 1, "mode": mode, "share": 0.1}
+    found = [
+        mediation.find_text_layers(tiny_pipe, CASE, **options | {"metric": metric})
+        for metric in (size, lambda *outcome: -size(*outcome))
+    ]
+    signs = [float(mediation.total_effect(one.effects).squeeze()) > 0 for one in found]
+    assert sorted(signs) == [False, True]
+    assert found[0].layers == found[1].layers
+
+
+def test_a_search_without_any_effect_ends_at_once(tiny_pipe, monkeypatch):
+    lengths = []
+
+    def traced(pipe, cases, *, sites, **options):
+        lengths.append(len(sites[0]))
+        return mediation.trace(pipe, cases, sites=sites, **options)
+
+    monkeypatch.setattr(textlayers, "trace", traced)
+    metric = lambda images, latents, cases: numpy.zeros(len(latents))  # noqa: E731
+    with pytest.raises(ValueError, match="no case has a total effect above the noise floor"):
+        mediation.find_text_layers(tiny_pipe, CASE, **FAST | {"num_inference_steps": 1, "metric": metric})
+    assert lengths == [1]
 
 
 @pytest.mark.parametrize(
