@@ -136,7 +136,7 @@ def amplify_objective(
         pipe: the pipeline.
         concept: what the images show.
         images: pixels in [-1, 1], (image, 3, height, width); each is noised from every seed. None draws an image from
-            each seed, and noises it once.
+            each seed, and noises it once. Noise depends on the seed and the image's place alone, whatever the others.
         seeds: of trajectories and noise.
         sampling: of the trajectories.
         batch_size: rows that run together.
@@ -145,16 +145,16 @@ def amplify_objective(
     family, scheduler = family_of(pipe), pipe.scheduler
     if images is None:
         clean = _draw(pipe, concept, seeds, sampling, batch_size, progress)[2]
-        noised = list(zip(clean, seeds, strict=True))
+        noised = [(image, seed, 0) for image, seed in zip(clean, seeds, strict=True)]
     else:
         chunks = _chunks(len(images), batch_size)
         clean = torch.cat([family.encode_images(pipe, images[rows].to(pipe._execution_device)) for rows in chunks])
-        noised = [(image, seed) for seed in seeds for image in clean]
+        noised = [(image, seed, place) for seed in seeds for place, image in enumerate(clean)]
     n_steps, n_trained = sampling.num_inference_steps, len(scheduler.alphas_cumprod)
     times = torch.tensor([int((i + 0.5) * n_trained / n_steps) for i in range(n_steps)])
     share = scheduler.alphas_cumprod.cpu().float()[times].view(-1, 1, 1, 1)
     latents, targets = [], []
-    for place, (image, seed) in enumerate(noised):
+    for image, seed, place in noised:
         noise = torch.randn((n_steps, *image.shape), generator=_generator(seed, place))
         image = image.float().cpu()
         latents.append(share.sqrt() * image + (1 - share).sqrt() * noise)

@@ -99,16 +99,21 @@ def test_scores_predict_the_ablation_of_one_weight(double_pipe, found, objective
     assert numpy.corrcoef(score[places].numpy(), ablated)[0, 1] > 0.99
 
 
-def test_several_seeds_are_their_mean_however_they_are_batched(tiny_pipe):
-    options = {"parameters": ["unet.mid.*", "text_encoder.0.mlp"], **OPTIONS}
+@pytest.mark.parametrize("objective", ["erase", "amplify", "amplify pictures"])
+def test_several_seeds_are_their_mean_however_they_are_batched(tiny_pipe, objective):
+    options = {"parameters": ["unet.mid.*", "text_encoder.0.mlp"], "objective": objective.split()[0], **OPTIONS}
+    if objective.endswith("pictures"):
+        options["images"] = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     alone = [attribute(tiny_pipe, CONCEPT, seeds=seed, **options) for seed in (1, 2)]
     assert not torch.allclose(*(next(iter(one.scores.values())) for one in alone), rtol=0.1)
+    # the deepest self-attention has a single position, and so scores that are 0 but for rounding
+    floor = 1e-5 * max(float(score.abs().max()) for score in alone[0].scores.values())
     for batch_size in (1, 3, None):
         both = attribute(tiny_pipe, CONCEPT, seeds=[1, 2], batch_size=batch_size, **options)
         assert both.metadata["value"] == pytest.approx(sum(one.metadata["value"] for one in alone) / 2, rel=1e-4)
         for name, score in both.scores.items():
             mean = (alone[0].scores[name] + alone[1].scores[name]) / 2
-            torch.testing.assert_close(score, mean, rtol=1e-3, atol=1e-4 * float(mean.abs().max()))
+            torch.testing.assert_close(score, mean, rtol=1e-3, atol=max(floor, 1e-4 * float(mean.abs().max())))
 
 
 def test_every_text_encoder_of_sdxl_is_reached_but_for_what_nothing_reads():
