@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -65,6 +65,9 @@ def locate(pipe: DiffusionPipeline, name: str) -> tuple[nn.Module, str]:
 def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | None) -> dict[str, Site]:
     """Names of parameters of the denoiser and the text encoders, each with the site that it is part of.
 
+    LoRA layers that are loaded are no part of the model: what they are wrapped around has the name that it has without
+    them.
+
     Args:
         pipe: the pipeline.
         chosen: sites, which stand for all their weights, biases and norms left out; globs that match names of sites;
@@ -90,7 +93,7 @@ def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | 
     every = {
         f"{network}.{path}": parameter
         for network in (*tokenizers_of(pipe), family.denoiser)
-        for path, parameter in getattr(pipe, network).named_parameters()
+        for path, parameter in _own_parameters(getattr(pipe, network))
     }
     if chosen is None:
         chosen = sites(pipe, network=family.denoiser, component="feed_forward")
@@ -103,6 +106,12 @@ def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | 
     named = [name for name in every if name in wanted]
     inside = {name: site for site in sites(pipe) for name in named if name.startswith(f"{site.network}.{site.path}.")}
     return inside | {name: _elsewhere(name) for name in named if name not in inside}
+
+
+def _own_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, parameter in network.named_parameters():
+        if ".lora_" not in path:
+            yield path.replace(".base_layer.", "."), parameter
 
 
 def _matching(pipe: DiffusionPipeline, entry: Site | str, every: dict[str, nn.Parameter]) -> list[str]:

@@ -73,6 +73,26 @@ def test_a_digest_is_of_every_weight_and_of_nothing_else(fresh_pipe):
     assert digest(fresh_pipe.to(torch.bfloat16)) != plain
 
 
+def test_loaded_lora_layers_change_neither_the_choice_nor_the_scores(fresh_pipe):
+    """New LoRA layers are the identity, so that scores are those of the model without."""
+    peft = pytest.importorskip("peft")
+    chosen = [None, "unet.mid.*", "text_encoder.1.*", "unet.mid_block.attentions.*.attn1.to_out.0.*"]
+    options = {"parameters": chosen[1:3], "num_inference_steps": 2, "progress": False}
+    before, scores = [choose(fresh_pipe, one) for one in chosen], mediation.attribute(fresh_pipe, "a cat", **options)
+    fresh_pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0", "net.2", "conv2"]))
+    fresh_pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "fc2"], use_dora=True))
+    names = [path for path, _ in fresh_pipe.unet.named_parameters()]
+    assert any("lora_A" in name for name in names)
+    assert any("base_layer" in name for name in names)
+    found = [choose(fresh_pipe, one) for one in chosen]
+    assert found == before
+    assert [list(one) for one in found] == [list(one) for one in before], "in the same order"
+    wrapped = mediation.attribute(fresh_pipe, "a cat", **options)
+    assert wrapped.base == scores.base
+    for name, score in scores.scores.items():
+        torch.testing.assert_close(wrapped.scores[name], score, rtol=1e-3, atol=1e-4 * float(score.abs().max()))
+
+
 def test_mistakes(tiny_pipe):
     with pytest.raises(KeyError, match=r"'unet\.engine' matches no site and no parameter"):
         choose(tiny_pipe, "unet.engine")
