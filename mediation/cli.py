@@ -150,7 +150,9 @@ def attribute(
     image: Annotated[list[pathlib.Path], typer.Option(help="For amplifying, a picture of the concept.")] = (),
     seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance of what is drawn; without it, 3.")
+    ] = None,
     sums: Annotated[
         pathlib.Path | None, typer.Option("--map", help="Where sums by site go: a .nc file or .zarr folder.")
     ] = None,

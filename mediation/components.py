@@ -16,6 +16,7 @@ from mediation.sites import Site
 from mediation.weightscores import Attribution
 
 OBJECTIVES = ("erase", "amplify")
+GUIDANCE_SCALE = 3.0  # of drawn pictures, as in the paper's release
 
 
 def attribute(
@@ -28,7 +29,7 @@ def attribute(
     images: torch.Tensor | Sequence[PIL.Image.Image] | None = None,
     seeds: int | Sequence[int] = 0,
     num_inference_steps: int = 50,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
@@ -54,7 +55,8 @@ def attribute(
             resized to the pipeline's size, and each noised from every seed. None draws one from each seed.
         seeds: of the trajectories and the noise.
         num_inference_steps: sampler steps, and t per trajectory or image.
-        guidance_scale: classifier-free guidance of what is drawn.
+        guidance_scale: classifier-free guidance of what is drawn; None is 3, as in the paper. It has no meaning where
+            images are given.
         batch_size: (x_t, t) that go through the denoiser together. None suits the latents' size.
         progress: shows progress bars on a terminal.
 
@@ -73,8 +75,8 @@ def attribute(
     """
     check_traceable(pipe)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    sampling = Sampling(num_inference_steps, guidance_scale)
-    _check(pipe, concept, base, objective, images, seeds, batch_size)
+    _check(pipe, concept, base, objective, images, guidance_scale, seeds, batch_size)
+    sampling = Sampling(num_inference_steps, GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
     sites = choose(pipe, parameters)
     places = {name: locate(pipe, name) for name in sites}  # raises if one is offloaded
     pixels = None if images is None else _pixels(pipe, images)
@@ -94,7 +96,7 @@ def attribute(
         "n_images": None if pixels is None else len(pixels),
         "seeds": seeds,
         "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": sampling.guidance_scale if images is None else None,
         "scheduler": type(pipe.scheduler).__name__,
         **provenance(pipe),
     }
@@ -107,7 +109,7 @@ def attribute(
     )
 
 
-def _check(pipe, concept, base, objective, images, seeds, batch_size) -> None:
+def _check(pipe, concept, base, objective, images, guidance_scale, seeds, batch_size) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
     for what, prompt in (("the concept", concept), ("the base", base)):
@@ -119,6 +121,8 @@ def _check(pipe, concept, base, objective, images, seeds, batch_size) -> None:
         raise ValueError(f"the concept and the base are the same prompt, {concept!r}: their predictions do not differ")
     if objective == "erase" and images is not None:
         raise ValueError('images are for objective="amplify": erasing scores latents on the way to pictures')
+    if images is not None and guidance_scale is not None:
+        raise ValueError("guidance_scale is of pictures that are drawn, and images are given: leave out one of them")
     if objective == "amplify" and base:
         raise ValueError(f'base is for objective="erase": amplifying compares with the noise, not with {base!r}')
     if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):

@@ -103,7 +103,8 @@ def test_scores_predict_the_ablation_of_one_weight(double_pipe, found, objective
 def test_several_seeds_are_their_mean_however_they_are_batched(tiny_pipe, objective):
     options = {"parameters": ["unet.mid.*", "text_encoder.0.mlp"], "objective": objective.split()[0], **OPTIONS}
     if objective.endswith("pictures"):
-        options["images"] = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        options |= {"images": images, "guidance_scale": None}
     alone = [attribute(tiny_pipe, CONCEPT, seeds=seed, **options) for seed in (1, 2)]
     assert not torch.allclose(*(next(iter(one.scores.values())) for one in alone), rtol=0.1)
     # the deepest self-attention has a single position, and so scores that are 0 but for rounding
@@ -152,11 +153,23 @@ def test_nothing_is_left_changed(fresh_pipe):
 
 def test_pil_images_and_tensors_are_read_alike(tiny_pipe):
     pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    options = {"objective": "amplify", "parameters": "unet.mid.0.feed_forward", **OPTIONS}
+    options = {"objective": "amplify", "parameters": "unet.mid.0.feed_forward", **OPTIONS, "guidance_scale": None}
     tensor = attribute(tiny_pipe, CONCEPT, images=pixels.permute(0, 3, 1, 2).float() / 255, **options)
     images = attribute(tiny_pipe, CONCEPT, images=[Image.fromarray(image.numpy()) for image in pixels], **options)
     assert images.metadata["n_images"] == 2
     assert images.metadata["value"] == pytest.approx(tensor.metadata["value"], rel=1e-6)
+    assert images.metadata["guidance_scale"] is None
+
+
+def test_what_is_drawn_is_guided_by_3_unless_told_otherwise(tiny_pipe):
+    options = {"parameters": "unet.mid.0.feed_forward", "num_inference_steps": 2, "progress": False}
+    for objective in ("erase", "amplify"):
+        default, three, four = (
+            attribute(tiny_pipe, CONCEPT, objective=objective, **options, **guided).metadata
+            for guided in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 4.0})
+        )
+        assert default["guidance_scale"] == 3.0
+        assert default["value"] == three["value"] != four["value"]
 
 
 def test_the_map_is_the_sums_by_site(found, tiny_pipe, tmp_path):
@@ -228,6 +241,9 @@ def test_what_is_loaded_is_what_was_saved(found, tmp_path):
         Attribution.load(edit)
 
 
+GIVEN = {"objective": "amplify", "guidance_scale": None}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -237,9 +253,10 @@ def test_what_is_loaded_is_what_was_saved(found, tmp_path):
         ({"base": "a ink cat "}, ValueError, "are the same prompt"),
         ({"base": "a cat", "objective": "amplify"}, ValueError, 'base is for objective="erase"'),
         ({"images": torch.zeros(1, 3, 8, 8)}, ValueError, 'images are for objective="amplify"'),
-        ({"objective": "amplify", "images": torch.zeros(3, 8, 8)}, ValueError, r"got \(3, 8, 8\)"),
-        ({"objective": "amplify", "images": torch.full((1, 3, 8, 8), 2.0)}, ValueError, r"real numbers in \[0, 1\]"),
-        ({"objective": "amplify", "images": ["cat.png"]}, TypeError, "or a list of PIL images"),
+        ({"images": torch.zeros(3, 8, 8), **GIVEN}, ValueError, r"got \(3, 8, 8\)"),
+        ({"images": torch.full((1, 3, 8, 8), 2.0), **GIVEN}, ValueError, r"real numbers in \[0, 1\]"),
+        ({"images": ["cat.png"], **GIVEN}, TypeError, "or a list of PIL images"),
+        ({"images": torch.zeros(1, 3, 8, 8), "objective": "amplify"}, ValueError, "guidance_scale is of pictures that"),
         ({"seeds": [1, 1]}, ValueError, "seeds must be different integers"),
         ({"seeds": []}, ValueError, "seeds must be different integers"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),

@@ -74,7 +74,8 @@ def test_amplifying_noises_images_to_the_middles_of_equal_parts_of_time(tiny_pip
         misses = found.targets - tiny_pipe.unet(found.latents, found.timesteps, encoder_hidden_states=states).sample
     value = -float(misses.square().sum()) / 8
     assert found.value(tiny_pipe) == pytest.approx(value, rel=1e-4)
-    whole = attribute(tiny_pipe, CONCEPT, objective="amplify", images=images, seeds=[1, 2], **OPTIONS)
+    options = {"seeds": [1, 2], "num_inference_steps": STEPS, "progress": False}
+    whole = attribute(tiny_pipe, CONCEPT, objective="amplify", images=images, **options)
     assert whole.metadata["value"] == pytest.approx(value, rel=1e-4)
 
 
