@@ -18,7 +18,7 @@ CONTROLS = ("random", "magnitude", "sign_flipped")
 def cad_erase(attribution: Attribution, *, ratio: float = 0.001, per: str = "row") -> Edit:
     """Sets the weights to 0 that contribute most to drawing a concept: those of the largest positive scores.
 
-    To 0 exactly, but in float64, where what is left is the rounding of the weight to float32.
+    To 0 exactly, in whatever dtype the pipeline has the weights that were scored.
 
     Setting w_i to 0 takes its score off J = E ||e(x_t, base, t) − e(x_t, concept, t)||², to first order. Of each group
     of n weights, the floor(ratio · n) best are taken, but at least one, so that groups narrower than 1/ratio are not
@@ -51,7 +51,7 @@ def cad_erase(attribution: Attribution, *, ratio: float = 0.001, per: str = "row
 
 
 def cad_amplify(attribution: Attribution, *, ratio: float = 0.001, per: str = "row") -> Edit:
-    """Sets the weights to 0 that hinder a concept most: those of the most negative scores.
+    """Sets the weights to 0 that hinder a concept most: those of the most negative scores, exactly as `cad_erase` does.
 
     Setting w_i to 0 takes its score off J = −E ||noise − e(x_t, concept, t)||², to first order.
 

@@ -144,6 +144,18 @@ class Sparse:
         flat[self.indices] = self.values.double()
         return flat.view(self.shape)
 
+    def taken_away(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Flat positions of the parameter's weights that this takes away, but for their rounding to `dtype`.
+
+        Example:
+            >>> third = torch.tensor([1 / 3, 1 / 3])
+            >>> update = Sparse((2,), torch.tensor([0, 1]), torch.tensor([-1 / 3, 0.5]))
+            >>> update.taken_away(third.half(), torch.float16).tolist()
+            [0]
+        """
+        taken = weight.flatten()[self.indices].to(dtype) == -self.values.to(dtype)
+        return self.indices[taken]
+
     def norm(self) -> float:
         """Frobenius norm of the change."""
         return float(torch.linalg.vector_norm(self.values.double()))

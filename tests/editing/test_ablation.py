@@ -13,6 +13,7 @@ from mediation import Attribution, Site
 from mediation.objectives import amplify_objective, erase_objective
 from mediation.sampling import Sampling
 from tests import tiny
+from tests.runs import double
 
 SCORES = {
     "unet.a.weight": [[0.5, -0.9, 0.1, 0.4], [-0.1, -0.2, -0.3, -0.4], [0.9, 0.8, 0.0, -0.7]],
@@ -167,6 +168,34 @@ def test_ablated_weights_are_0_and_every_bit_comes_back(attributions, dtype):
         if name in edit.updates:
             expected[edit.updates[name].indices] = 0
         assert torch.equal(value.flatten(), expected), name
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("made_in", "applied_in"),
+    [(a, b) for a in DTYPES for b in DTYPES if a != b and {a, b} != {torch.float16, torch.bfloat16}],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_ablated_weights_are_0_in_a_precision_that_scores_were_not_made_in(made_in, applied_in):
+    """And only those: edits of single weights that take nothing away leave what is left of them."""
+    exact = double(tiny.stable_diffusion())
+    with torch.no_grad():
+        for weight in exact.unet.parameters():  # that no narrower dtype holds
+            weight.mul_(1 + 1e-12 + 1e-5)
+    made, applied = (copy.deepcopy(exact).to(dtype) for dtype in (made_in, applied_in))
+    found = mediation.attribute(made, "a ink cat", parameters=CHOSEN[0], num_inference_steps=1, progress=False)
+    edit, before = editing.cad_erase(found, ratio=0.05), weights(applied)
+    with edit.applied(applied):
+        whole = weights(applied)
+    with edit.scaled(0.9).applied(applied):
+        most = weights(applied)
+    for name, update in edit.updates.items():
+        expected = before[name].flatten()
+        expected[update.indices] = 0
+        assert torch.equal(whole[name].flatten(), expected), name
+        assert most[name].flatten()[update.indices].all(), name
 
 
 def test_ablations_compose_with_low_rank_edits_and_are_saved(attributions, tmp_path):
