@@ -19,6 +19,7 @@ from mediation.adjoint import differentiable, frozen
 from mediation.cases import Case
 from mediation.distances import Distance
 from mediation.encoding import encode_in_graph, encode_rows
+from mediation.guards import check_gradients_allowed
 from mediation.hooks import Change, hooked, recorded_calls, watched
 from mediation.interventions import first_order
 from mediation.metrics import Metric, check_differentiable, evaluate, images_for, metric_name, score
@@ -49,7 +50,8 @@ def attribution_patching(pipe: DiffusionPipeline, plan: Plan, *, integrated: int
         As `restoration` does. An estimate has no sham run: sham is the untouched run's value.
 
     Raises:
-        ValueError: before any work, if a metric has no gradient, or float16 is too narrow for one.
+        ValueError: before any work, if a metric has no gradient, float16 is too narrow for one, or
+            `torch.inference_mode` forbids it.
     """
     _check(pipe, plan, integrated)
     values, untouched = plan.blank(), Intervention(mode=plan.mode)
@@ -84,11 +86,15 @@ def radau(n_points: int) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, integrated: int) -> None:
+    check_gradients_allowed()
     if integrated < 1:
         raise ValueError(f"integrated counts the points at which gradients are taken: at least 1, got {integrated}")
-    dtype = getattr(pipe, family_of(pipe).denoiser).dtype
-    if dtype == torch.float16:
-        raise ValueError("gradients underflow in float16: load the pipeline in bfloat16 or float32")
+    traced = [site.network for group in plan.groups for site in group]
+    for network in (family_of(pipe).denoiser, *dict.fromkeys(traced)):
+        if getattr(pipe, network).dtype == torch.float16:
+            raise ValueError(
+                f"gradients underflow in float16, which the {network} is in: load the pipeline in bfloat16 or float32"
+            )
     for metric in plan.metrics:
         if plan.mode == "knock_out" and isinstance(metric, Distance):
             raise ValueError(

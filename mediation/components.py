@@ -6,7 +6,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from mediation.guards import check_traceable
+from mediation.guards import check_gradients_allowed, check_traceable
 from mediation.objectives import amplify_objective, erase_objective
 from mediation.parameters import choose, fingerprint, locate
 from mediation.pipelines import family_of
@@ -74,6 +74,7 @@ def attribute(
         torch.Size([192, 192, 3, 3])
     """
     check_traceable(pipe)
+    check_gradients_allowed()
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     _check(pipe, concept, base, objective, images, guidance_scale, seeds, batch_size)
     sampling = Sampling(num_inference_steps, GUIDANCE_SCALE if guidance_scale is None else guidance_scale)

@@ -1,5 +1,6 @@
 """Guards: pipelines that would ignore interventions, or skip them, are refused before any work."""
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -44,6 +45,18 @@ def check_traceable(pipe: DiffusionPipeline) -> None:
             if obstacle := _compiled(module) or _cached(module) or _offloaded(module):
                 where = f"{network}.{path}" if path else network
                 raise ValueError(f"this {type(pipe).__name__} cannot be traced: {where} {obstacle}")
+
+
+def check_gradients_allowed() -> None:
+    """Checks that gradients can be taken here; that `torch.no_grad` is on is no obstacle.
+
+    Raises:
+        ValueError: inside `torch.inference_mode`, which cannot be lifted for a while.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "gradients cannot be taken inside torch.inference_mode(): call this outside of it, or use torch.no_grad()"
+        )
 
 
 def _compiled(module: nn.Module) -> str | None:

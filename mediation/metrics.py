@@ -211,20 +211,30 @@ def check_differentiable(pipe: DiffusionPipeline, metric: Metric, case: Case) ->
     """Tries a metric on noise.
 
     Raises:
-        ValueError: if it gives no gradient.
+        ValueError: if it gives no gradient, or one that reaches neither images nor latents.
     """
     shape = family_of(pipe).latent_shape(pipe)
     pixels = [side * pipe.vae_scale_factor for side in shape[1:]]
     noise = torch.Generator().manual_seed(0)
     latents = torch.randn((2, *shape), generator=noise).to(pipe._execution_device).requires_grad_()
     images = torch.rand((2, 3, *pixels), generator=noise).to(pipe._execution_device).requires_grad_()
+    given = (images if getattr(metric, "needs_images", True) else None), latents
     with torch.enable_grad():
-        found = score(metric, images if getattr(metric, "needs_images", True) else None, latents, [case] * 2)
-    if not (isinstance(found, torch.Tensor) and found.requires_grad and found.shape == (2,)):
+        found = score(metric, *given, [case] * 2)
+    if not (isinstance(found, torch.Tensor) and found.shape == (2,) and _reaches(found, given)):
         raise ValueError(
             f"the metric {metric_name(metric)!r} gives no gradient, which estimates need: let it return a tensor of one"
             ' number per row that is computed from its arguments in PyTorch, or choose backend="restoration"'
         )
+
+
+def _reaches(found: torch.Tensor, given: Sequence[torch.Tensor | None]) -> bool:
+    """Whether the gradient of what was found reaches any of what was given."""
+    if not found.requires_grad:
+        return False
+    # weights of the metric's own have gradients whatever it makes of its arguments
+    inputs = [one for one in given if one is not None]
+    return any(one is not None for one in torch.autograd.grad(found, inputs, torch.ones_like(found), allow_unused=True))
 
 
 def score(metric: Metric, images: torch.Tensor | None, latents: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy
@@ -206,6 +207,9 @@ def _check_estimates(backend, metric, images, integrated, screen, verify) -> Non
     estimates = backend == "attribution_patching"
     if images is not None and (estimates or screen is not None):
         raise ValueError('estimates make no images: choose backend="restoration" without screen')
+    for name, value in (("integrated", integrated), ("verify", verify)):
+        if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
+            raise TypeError(f"{name} is a whole number, got {value!r}")
     if integrated != 1 and not (estimates or screen is not None):
         raise ValueError(f'integrated is for estimates, and backend="{backend}" makes none')
     if screen is not None and backend == "direct_effect":

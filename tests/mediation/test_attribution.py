@@ -18,6 +18,7 @@ from tests.runs import doors, double, hooks_of
 
 CASE = Case("a photo of a cat in ink style", subject="cat", corruption=ReplaceSubject("dog"), seed=3)
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
+OWN_WEIGHT = torch.ones((), requires_grad=True)  # of a metric
 ESTIMATE = {"backend": "attribution_patching", **FAST}
 
 
@@ -224,6 +225,11 @@ def test_nothing_is_left_behind(precise):
         ({"screen": 0.5, "metric": [LatentDistance()]}, "one metric"),
         ({"integrated": 2, "backend": "restoration"}, "makes none"),
         ({"windows": "all"}, 'windows is "each"'),
+        ({"metric": lambda images, latents, cases: OWN_WEIGHT * latents.detach().mean((1, 2, 3))}, "gives no gradient"),
+        ({"metric": lambda images, latents, cases: OWN_WEIGHT.expand(2)}, "gives no gradient"),
+        ({"integrated": 2.5}, "integrated is a whole number, got 2.5"),
+        ({"verify": 2.5}, "verify is a whole number, got 2.5"),
+        ({"verify": True}, "verify is a whole number, got True"),
     ],
 )
 def test_bad_arguments_are_errors_before_any_work(precise, monkeypatch, wrong, message):
@@ -232,12 +238,28 @@ def test_bad_arguments_are_errors_before_any_work(precise, monkeypatch, wrong, m
 
     monkeypatch.setattr(precise.unet, "forward", no_work)
     monkeypatch.setattr(precise.text_encoder, "forward", no_work)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mediation.trace(precise, CASE, **{"metric": LatentDistance(), **ESTIMATE, **wrong})
 
 
-def test_half_precision_is_refused():
-    pipe = tiny.stable_diffusion()
+def test_half_precision_is_refused_wherever_gradients_pass():
+    pipe = tiny.stable_diffusion_xl()
+    options = {"metric": LatentDistance(), **ESTIMATE}
+    pipe.text_encoder.half()
+    with pytest.raises(ValueError, match="underflow in float16, which the text_encoder is in"):
+        mediation.trace(pipe, CASE, sites=["text_encoder.0.mlp"], **options)
+    mediation.trace(pipe, CASE, sites=["unet.mid.0.resnet"], **options)
     pipe.unet.half()
-    with pytest.raises(ValueError, match="underflow in float16"):
-        mediation.trace(pipe, CASE, metric=LatentDistance(), **ESTIMATE)
+    with pytest.raises(ValueError, match="underflow in float16, which the unet is in"):
+        mediation.trace(pipe, CASE, sites=["unet.mid.0.resnet"], **options)
+
+
+def test_inference_mode_is_refused_by_name_and_no_grad_is_not(precise):
+    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), **ESTIMATE}
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of it, or use torch\.no_grad"):
+        mediation.trace(precise, CASE, **options)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of it, or use torch\.no_grad"):
+        mediation.attribute(precise, "a cat", num_inference_steps=1)
+    with torch.no_grad():
+        inside = mediation.trace(precise, CASE, **options)
+    numpy.testing.assert_array_equal(inside.restored, mediation.trace(precise, CASE, **options).restored)
