@@ -77,7 +77,13 @@ def planted_scores(follows):
         variables[name] = (("case", "site"), -noisy if name == "negative" else noisy)
     sums = xarray.Dataset(
         variables,
-        {"case": range(6), "draw": [0], "site": names, "component": ("site", ["resnet"] * 20)},
+        {
+            "case": range(6),
+            "draw": [0],
+            "site": names,
+            "component": ("site", ["resnet"] * 20),
+            "layer": ("site", range(20)),
+        },
         {"intervention": "knock_out", "metric": "the erase objective"},
     )
     effects = amounts[follows] + rng.uniform(-0.4, 0.4, (10, 1, 20))

@@ -123,8 +123,9 @@ def locate(pipe: DiffusionPipeline, model: str, options: argparse.Namespace) -> 
         sums[attribute] = stored(path, arguments, functools.partial(whereabouts.run, pipe, prompts))
         print(path, flush=True)
     shares = [share for attribute, found in sums.items() for share in whereabouts.shares(attribute, found)]
+    layers = [share for attribute, found in sums.items() for share in whereabouts.layer_shares(attribute, found)]
     claim, negatives = whereabouts.positive_where_causal(sums, causal)
-    return Whereabouts(shares, [claim] if causal else [], negatives), figures.of_places(shares, sums, causal)
+    return Whereabouts(shares, layers, [claim] if causal else [], negatives), figures.of_places(shares, sums, causal)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,13 +45,13 @@ def test_pages_figures_and_data_tell_the_same(maps_of_one_case, tmp_path):
     report = judged({"unedited": (0.8, 0.9), CAD: (0.2, 0.9)}, n=10)
     scores, selective = score(report), selectivity.measure(report, "erase")
     sums, causal = ({"style": one} for one in planted_scores("positive"))
-    shares = whereabouts.shares("style", sums["style"])
+    shares, layers = (find("style", sums["style"]) for find in (whereabouts.shares, whereabouts.layer_shares))
     claim, negatives = whereabouts.positive_where_causal(sums, causal)
     results = {
         "maps": maps,
         "predictions": Predictions(rows, correlations.choices(changes), [correlations.predicts({"erase ink": rows})]),
         "ablations": Ablations({"erase": scores}, {"erase": selective}, [selectivity.is_selective(selective, "erase")]),
-        "places": Whereabouts(shares, [claim], negatives),
+        "places": Whereabouts(shares, layers, [claim], negatives),
     }
     drawn = {
         "maps": figures.of_maps(maps.fidelities, compared),
@@ -82,6 +82,10 @@ def test_pages_figures_and_data_tell_the_same(maps_of_one_case, tmp_path):
     assert f"| {CAD} | {pages.in_words(erased['gone'])} |" in page
     assert record["predictions"]["found"]["rows"][0]["pearson"]["mean"] == pytest.approx(rows[0].pearson.mean)
     assert f"| erase ink | {rows[0].ablations} | 360 | {rows[0].pearson} |" in page
+    (last,) = (one for one in record["places"]["found"]["layers"] if one["layer"] == 19)
+    assert last["positive"]["mean"] == pytest.approx(layers[-1].positive.mean)
+    cells = [f"{value:.1%}" for value in (layers[-1].positive.mean, layers[-1].negative.mean, layers[-1].weights)]
+    assert f"| 19 | unet.19.resnet | {' | '.join(cells)} |" in page
 
 
 def test_the_page_has_what_ran_so_far_in_order(tmp_path):

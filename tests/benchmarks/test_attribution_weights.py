@@ -157,6 +157,20 @@ def test_shares_are_parts_of_all_scores(sums):
     assert sum(one.weights for one in found.values()) == pytest.approx(1)
 
 
+def test_layers_are_parts_of_their_component_in_execution_order(tiny_pipe, sums):
+    layers = whereabouts.layer_shares("style", sums)
+    sites = mediation.sites(tiny_pipe, network="unet")
+    assert [(one.site, one.component, one.layer) for one in layers if one.layer >= 0] == [
+        (site.name, site.component, site.layer) for site in sites
+    ]
+    for whole in whereabouts.shares("style", sums):
+        group = [one for one in layers if one.component == whole.component]
+        assert len(group) > 1
+        for sign in ("positive", "negative"):
+            assert sum(getattr(one, sign).mean for one in group) == pytest.approx(getattr(whole, sign).mean)
+        assert sum(one.weights for one in group) == pytest.approx(whole.weights)
+
+
 @pytest.mark.parametrize(
     ("follows", "expected", "sign"), [("positive", REPRODUCED, 1), ("negative", NOT_REPRODUCED, -1)]
 )

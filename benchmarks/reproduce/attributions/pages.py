@@ -9,7 +9,7 @@ from benchmarks.reproduce.attributions.fidelity import GOAL, GOAL_SCREENED, SCRE
 from benchmarks.reproduce.attributions.predictions import N_LATENTS
 from benchmarks.reproduce.attributions.recipes import N_PROMPTS
 from benchmarks.reproduce.attributions.results import Ablations, Maps, Predictions, Whereabouts
-from benchmarks.reproduce.attributions.whereabouts import N_STEPS
+from benchmarks.reproduce.attributions.whereabouts import N_STEPS, Share
 from benchmarks.reproduce.claims import Claim, Finding
 from benchmarks.reproduce.edits.pages import in_words
 from benchmarks.reproduce.report import plain
@@ -171,12 +171,26 @@ def _places(found: Whereabouts) -> list[str]:
         (one.attribute, one.component.replace("_", " "), one.positive, one.negative, _number(one.weights))
         for one in found.shares
     ]
-    lines += _table(header, rows)
+    lines += [*_table(header, rows), "", "Of single layers, in the order in which they run:", ""]
+    lines += _layers(found.layers)
     if not found.claims:
         return [*lines, "", "No causal map was found, so that nothing can be set against these: see --maps."]
     lines += [*_claims(found.claims), "", "The same of negative scores, of which nothing is claimed:", ""]
     rows = [(one.attribute, one.place, one.estimate, one.control) for one in found.negatives]
     return lines + _table(["", "of", "estimate", "control"], rows)
+
+
+def _layers(found: Sequence[Share]) -> list[str]:
+    """A row for each layer: its shares of positive and negative scores by attribute, and of all weights."""
+    attributes = list(dict.fromkeys(one.attribute for one in found))
+    header = ["layer", "site", *(f"{name}, {sign}" for name in attributes for sign in ("positive", "negative"))]
+    rows = []
+    for site in dict.fromkeys(one.site for one in found):
+        group = {one.attribute: one for one in found if one.site == site}
+        values = [one.mean for name in attributes for one in (group[name].positive, group[name].negative)]
+        first = group[attributes[0]]
+        rows.append((first.layer, site, *(f"{value:.1%}" for value in (*values, first.weights))))
+    return _table([*header, "of weights"], rows)
 
 
 def _claims(claims: Sequence[Claim]) -> list[str]:

@@ -51,10 +51,12 @@ class Whereabouts:
 
     Attributes:
         shares: of components.
+        layers: of single layers, in the order in which they run.
         claims: of positive scores against causal maps; empty if there are no maps.
         negatives: the same of negative scores, without a claim.
     """
 
     shares: Sequence[Share]
+    layers: Sequence[Share]
     claims: Sequence[Claim]
     negatives: Sequence[Finding]

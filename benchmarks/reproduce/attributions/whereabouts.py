@@ -48,11 +48,13 @@ def of_amount(effects: xarray.Dataset, amount: str) -> xarray.Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The part of a component in all scores of one sign.
+    """The part of a component, or of one layer of it, in all scores of one sign.
 
     Attributes:
         attribute: of the concepts.
         component: kind of sites.
+        layer: its place in the order in which layers run; None is all of the component.
+        site: name of the layer's site, likewise.
         positive: its share of all positive scores.
         negative: likewise of negative ones.
         weights: its share of all weights.
@@ -60,6 +62,8 @@ class Share:
 
     attribute: str
     component: str
+    layer: int | None
+    site: str | None
     positive: Estimate
     negative: Estimate
     weights: float
@@ -67,23 +71,37 @@ class Share:
 
 def shares(attribute: str, effects: xarray.Dataset) -> list[Share]:
     """The parts of all components, with intervals over concepts."""
-    sums = {name: effects[name].groupby("component").sum("site") for name in AMOUNTS}
-    parts = {name: one / one.sum("component") for name, one in sums.items()}
+    sums = xarray.Dataset({name: effects[name].groupby("component").sum("site") for name in AMOUNTS})
+    places = {component: (component, None, None) for component in dict.fromkeys(effects.component.values.tolist())}
+    return _shares(attribute, sums, "component", places)
+
+
+def layer_shares(attribute: str, effects: xarray.Dataset) -> list[Share]:
+    """The parts of all layers, in the order in which they run, likewise."""
+    columns = (effects[name].values.tolist() for name in ("site", "component", "layer"))
+    places = {site: (component, layer, site) for site, component, layer in zip(*columns, strict=True)}
+    return _shares(attribute, effects[list(AMOUNTS)], "site", places)
+
+
+def _shares(
+    attribute: str, sums: xarray.Dataset, by: str, places: Mapping[str, tuple[str, int | None, str | None]]
+) -> list[Share]:
+    parts = sums / sums.sum(by)
     options = {"confidence": 0.95, "n_resamples": 2000, "method": "percentile", "seed": 0}
     intervals = {name: mean_interval(parts[name], None, **options) for name in ("positive", "negative")}
 
-    def estimate(name: str, component: str) -> Estimate:
-        return Estimate(*(float(one.sel(component=component)) for one in intervals[name]))
+    def estimate(name: str, label: str) -> Estimate:
+        return Estimate(*(float(one.sel({by: label})) for one in intervals[name]))
 
     return [
         Share(
             attribute,
-            component,
-            estimate("positive", component),
-            estimate("negative", component),
-            float(parts["n_weights"].sel(component=component).mean()),
+            *place,
+            estimate("positive", label),
+            estimate("negative", label),
+            float(parts["n_weights"].sel({by: label}).mean()),
         )
-        for component in dict.fromkeys(effects.component.values.tolist())
+        for label, place in places.items()
     ]
 
 
