@@ -16,11 +16,11 @@ Run: python -m benchmarks.reproduce.attribution --output runs/reproduce/attribut
 The maps are those of benchmarks.reproduce.tracing, of the same number of steps; without them, estimates are compared by
 step of the U-Net only, and scores with nothing.
 
-Cost in row-evaluations of the U-Net: maps 29,000, predictions 8,000, ablations 22,000 and places 1,300; by that, 22
-minutes on one core that evaluates 45 per second, and some more since estimates run in small batches, for decoding and
-for judging. With 4 steps, it is 46,000 in all. For all attributes with eight cases and a thousand random ablations of
-each question, which makes it 133,000 for maps and 29,000 for predictions:
---attributes object style color count viewpoint pose fact --cases-per-attribute 8 --random-ablations 1000
+Cost in row-evaluations of the U-Net: maps 29,000, predictions 29,000 (a thousand random ablations of each of four
+questions, J being one batch of five latents), ablations 22,000 and places 1,300; by that, 30 minutes on one core that
+evaluates 45 per second, and some more since estimates run in small batches, for decoding and for judging. With 4 steps,
+it is 67,000 in all. For all attributes with eight cases, which makes it 133,000 for maps:
+--attributes object style color count viewpoint pose fact --cases-per-attribute 8
 """
 
 import argparse
@@ -210,7 +210,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cases-per-attribute", type=int, default=4, help="of maps; the first that tracing takes")
     parser.add_argument(
-        "--random-ablations", type=int, default=250, help=f"of {predictions.MAIN:.0%} of the weights, for each question"
+        "--random-ablations",
+        type=int,
+        default=1000,
+        help=f"of {predictions.MAIN:.0%}% of the weights, for each question",  # argparse reads % itself
     )
     parser.add_argument("--steps", type=int, default=5, help="sampler steps, of maps as of those in --maps")
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)

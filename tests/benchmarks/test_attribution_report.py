@@ -88,6 +88,15 @@ def test_pages_figures_and_data_tell_the_same(maps_of_one_case, tmp_path):
     assert f"| 19 | unet.19.resnet | {' | '.join(cells)} |" in page
 
 
+def test_a_thousand_random_ablations_are_the_default_and_the_help_says_of_how_many_weights(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attribution"])
+    assert attribution.parse().random_ablations == 1000
+    monkeypatch.setattr("sys.argv", ["attribution", "--help"])
+    with pytest.raises(SystemExit):
+        attribution.parse()
+    assert "of 1% of the weights, for each question" in capsys.readouterr().out
+
+
 def test_the_page_has_what_ran_so_far_in_order(tmp_path):
     def keep(part, verdict):
         composing.keep(tmp_path, part, {"model": "m", "claims": {f"{part} holds": verdict}}, f"## {part}\n")
