@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mediation.rows import Intervention
 from mediation.sampling import Sampling, n_iterations, sample_rows
 from mediation.windows import check_windows, window_name
 from tests.runs import CASE
@@ -58,10 +59,13 @@ def test_a_window_is_taken_if_and_only_if_an_iteration_begins_in_it(tiny_pipe, n
             check_windows(tiny_pipe, [(start / 24, stop / 24)], n_steps)
 
 
-@pytest.mark.parametrize("name", ["ddim", "pndm", "heun"])
-def test_each_step_is_a_window_whatever_the_scheduler(tiny_pipe, monkeypatch, name):
+@pytest.mark.parametrize(("name", "n"), [("ddim", 4), ("pndm", 13), ("heun", 7)])
+def test_each_is_a_window_for_every_iteration(tiny_pipe, monkeypatch, name, n):
     use(monkeypatch, tiny_pipe, name)
-    assert check_windows(tiny_pipe, "each", 4) == ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1))
+    windows = check_windows(tiny_pipe, "each", N_STEPS)
+    assert windows == tuple((i / n, (i + 1) / n) for i in range(n))
+    for i in range(n):
+        assert [Intervention(window=window).covers(i / n) for window in windows] == [i == j for j in range(n)]
 
 
 def test_arrays_are_windows_too(tiny_pipe):

@@ -186,18 +186,6 @@ def test_maps_of_latents_are_maps(tiny_pipe, sae, tmp_path):
     assert open_map(tmp_path / "map.nc").latent.values.tolist() == [2, 7]
 
 
-# diffusers' scheduler of Heun's method makes arrays of tensors in a way that numpy 2 deprecates
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-@pytest.mark.parametrize("scheduler", [diffusers.PNDMScheduler, diffusers.HeunDiscreteScheduler])
-def test_each_window_of_a_map_of_latents_is_an_iteration_of_the_scheduler(tiny_pipe, sae, monkeypatch, scheduler):
-    options = {"skip_prk_steps": True} if scheduler is diffusers.PNDMScheduler else {}
-    monkeypatch.setattr(tiny_pipe, "scheduler", scheduler.from_config(tiny_pipe.scheduler.config, **options))
-    options = {"latents": [2, 7], "mode": "ablate", "metric": LatentDistance(), "windows": "each", **FAST}
-    effects = mediation.trace_latents(tiny_pipe, sae, CASE, **options)
-    assert effects.window.values.tolist() == ["0–0.333333", "0.333333–0.666667", "0.666667–1"]
-    assert (abs(effects.restored - effects.sham).max("latent") > 1e-3).all(), "something is ablated in each"
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
