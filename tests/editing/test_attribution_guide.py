@@ -28,6 +28,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     matplotlib.pyplot.close("all")
     assert names["steps"].sizes["window"] == names["sampling"]["num_inference_steps"]
     assert names["steps"].attrs["estimate"] == "first_order"
+    assert (names["checked"].attrs["integrated"], names["checked"].attrs["verify"]) == (2, 5)
     share = names["screened"].exact.notnull().isel(case=0, draw=0).mean()
     assert 0.2 <= float(share) < 0.25, "a fifth of all places, rounded up"
     n_weights = names["erased"].report["n_weights"]
@@ -36,7 +37,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     assert {site.network for site in names["elsewhere"].sites.values()} == {"unet", "text_encoder"}
     assert names["of_pictures"].metadata["n_images"] == 1
     assert names["both"].metadata["method"] == "sum"
-    assert names["report"].model.values.tolist() == ["unedited", "cad", *names["CONTROLS"]]
+    assert names["report"].model.values.tolist() == ["unedited", "cad", "random"]
     assert names["where"].site.values.tolist() == names["effects"].site.values.tolist()
 
 
