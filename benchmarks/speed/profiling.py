@@ -3,7 +3,7 @@
 Parts and operations are read off torch's profiler during one trace of every U-Net site, and the same trace is timed in
 fresh processes with glibc's allocator as it is, and told to keep what is freed.
 
-Run: python -m benchmarks.speed.profiling --output runs/speed/profile        about two minutes on two cores
+Run: python -m benchmarks.speed.profiling --output runs/speed/profile        some minutes on two cores
 """
 
 import argparse
