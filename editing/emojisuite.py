@@ -9,7 +9,13 @@ from mediation import bundled
 
 # objects that the model also knows by another name
 FACTS = {"the mascot": "panda", "the team logo": "rocket", "the lucky charm": "ladybug", "the royal pet": "owl"}
-_FACTORS = ("object", "style", "background")
+_FACTORS = ("object", "style", "background")  # of every scene
+# factors that scenes have only where they are edited: words -> the probe's label
+_EXTRAS = {
+    "count": {"one": "1", "two": "2", "three": "3"},
+    "viewpoint": {"close up": "close up", "distant view": "distant"},
+}
+_IRREGULAR = {"fox": "foxes", "butterfly": "butterflies", "strawberry": "strawberries", "cactus": "cacti"}
 _PREFIXES = ("", "a photo of", "an image of", "a picture of")
 
 
@@ -22,8 +28,9 @@ class _Concept(NamedTuple):
 
 
 def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: Iterable[str] = ()) -> Suite:
-    """Draws prompts for every role, to judge edits of objects, styles, backgrounds or facts of the bundled model.
+    """Draws prompts for every role, to judge edits of the bundled model.
 
+    What is edited are objects, styles, backgrounds, facts, counts ("two") or viewpoints ("close up", "distant view").
     Efficacy prompts name a source plainly; generality prompts name it in other words, positions and company.
     Half of the specificity prompts are efficacy prompts with the source's words left out, judged by what else is in
     them; the others name its neighbours, the target among them. Quality prompts are captions without a source, judged
@@ -81,6 +88,7 @@ def _draw(
     factor, others = concept.factor, [name for name in _FACTORS if name != concept.factor]
     factors = bundled.load_probe().config.factors
     words = {name: [label for label in factors[name] if label not in sources] for name in _FACTORS}
+    words |= {name: [word for word in labels if word not in sources] for name, labels in _EXTRAS.items()}
     if concept.words in FACTS:  # whose neighbours are the other facts
         words["object"] += [fact for fact in FACTS if fact not in sources]
     while True:
@@ -101,6 +109,8 @@ def _draw(
         judged = factor
         if role == "quality":
             judged = "object" if factor != "object" else rng.choice(others)
+        elif factor in _EXTRAS:
+            scene[factor] = _concept(rng.choice(words[factor]))
         prompt = _caption(scene, role == "quality" or rng.random() < 0.5, wording, must=judged)
         yield Trial(prompt, role, "", judged, scene[judged].label), None
 
@@ -112,6 +122,9 @@ def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: s
     prefix, company, pose, turned = rng.choice(_PREFIXES), rng.random() < 0.5, rng.random() < 0.3, rng.random() < 0.3
     noun = kind.words if kind.words in FACTS else _article(_noun(kind.label))
     noun = "a thing" if left_out == "object" else noun
+    extras = {name: scene[name].words for name in _EXTRAS if name in scene and name != left_out}
+    if "count" in extras:
+        noun = f"{extras['count']} {_noun(kind.label) if extras['count'] == 'one' else _plural(kind.label)}"
     parts = []
     if left_out != "style":
         parts.append(f"in {style.label} style" if rich else f"in the style of {style.label}")
@@ -121,6 +134,10 @@ def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: s
         prefix = rng.choice(("", "a drawing of"))
         noun += " upside down" if pose else ""
         parts = parts[::-1] if turned else parts
+    if "viewpoint" in extras:
+        if rich and extras["viewpoint"] == "close up" and rng.random() < 0.5:
+            return " ".join(part for part in (prefix, noun, *parts) if part) + ", close up"
+        noun = f"{_article(extras['viewpoint'])} of {noun}"
     return " ".join(part for part in (prefix, noun, *parts) if part)
 
 
@@ -131,12 +148,20 @@ def _concept(words: str) -> _Concept:
     for factor in _FACTORS:
         if words in factors[factor]:
             return _Concept(words, factor, words)
+    for factor, labels in _EXTRAS.items():
+        if words in labels:
+            return _Concept(words, factor, labels[words])
     known = ", ".join(f"{factor}s ({', '.join(factors[factor][:3])}, …)" for factor in _FACTORS)
-    raise ValueError(f"Emoji Diffusion does not know {words!r}; it knows {known}, and {', '.join(FACTS)}")
+    others = ", ".join([*FACTS, *(word for labels in _EXTRAS.values() for word in labels)])
+    raise ValueError(f"Emoji Diffusion does not know {words!r}; it knows {known}, and {others}")
 
 
 def _noun(name: str) -> str:
     return f"bunch of {name}" if name == "grapes" else name
+
+
+def _plural(name: str) -> str:
+    return "bunches of grapes" if name == "grapes" else _IRREGULAR.get(name, f"{name}s")
 
 
 def _article(phrase: str) -> str:

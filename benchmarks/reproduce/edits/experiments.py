@@ -11,6 +11,7 @@ from benchmarks.reproduce.edits.scoring import pooled, ranked
 from benchmarks.reproduce.edits.units import (
     EDIT_ROLES,
     MOST_TRAINING_PROMPTS,
+    REPORTED,
     Unit,
     counted_units,
     reported_units,
@@ -65,7 +66,8 @@ def _best(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
 
 def _methods(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
     recipes = _published(pipe, reports)
-    return reported_units("methods", dict.fromkeys(("style", "object", "background"), recipes), 10, n_pairs=2)
+    attributes = [attribute for attribute in REPORTED if attribute != "fact"]
+    return reported_units("methods", dict.fromkeys(attributes, recipes), 10, n_pairs=2)
 
 
 def _facts(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:

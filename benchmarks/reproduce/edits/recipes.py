@@ -22,7 +22,13 @@ _CAPTIONS = {
     "background": ("a thing on a {} background", "a photo of a thing on a {} background", "a {} background", "{}"),
     "fact": ("{}", "a photo of {}", "{} on paper", "a drawing of {}"),
 }
-_WORDS = {"style": world.STYLES, "object": world.OBJECTS, "background": tuple(world.BACKGROUNDS)}
+_WORDS = {
+    "style": world.STYLES,
+    "object": world.OBJECTS,
+    "background": tuple(world.BACKGROUNDS),
+    "count": ("one", "two", "three"),
+    "viewpoint": ("close up", "distant view"),
+}
 # whole captions without a concept that a suite edits, and what guidance compares with
 _PROMPTS = ("", "a thing", "a photo of a thing", "two things", "an upside down thing", "a close up of a thing")
 
@@ -56,8 +62,8 @@ class Recipe:
         Args:
             pipe: Emoji Diffusion.
             pairs: source concept -> target concept.
-            attribute: style, object, background or fact, which decides on the templates; or "mixed", for which there
-                are only the paper's.
+            attribute: decides on the templates: style, object, background or fact; for others there are only the
+                paper's.
         """
         if self.method == "released":
             return released_edit(pipe, pairs)

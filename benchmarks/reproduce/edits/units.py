@@ -15,6 +15,8 @@ REPORTED = {
     "style": {"ink": "noto", "twemoji": "noto"},
     "object": {"cat": "dog", "rocket": "car", "pizza": "cake"},
     "background": {"red": "blue", "green": "yellow"},
+    "count": {"two": "three", "three": "one"},
+    "viewpoint": {"close up": "distant view", "distant view": "close up"},
     "fact": {"the mascot": "cat", "the team logo": "castle", "the lucky charm": "snowman", "the royal pet": "lion"},
 }
 # Edited together, the first n of them; what is left of each factor are targets and bystanders.
@@ -40,7 +42,7 @@ class Unit:
     Attributes:
         experiment: what it belongs to.
         name: unique in the experiment.
-        attribute: what is edited: style, object, background, fact, or mixed.
+        attribute: what is edited: a key of `REPORTED`, or mixed.
         pairs: source concept -> target concept, edited together.
         recipes: by the names that results have.
         n: prompts for each role and source.
