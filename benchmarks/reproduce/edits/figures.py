@@ -41,18 +41,22 @@ def draw(
 
 
 def draw_shares(results: Sequence[Result], title: str) -> matplotlib.figure.Figure:
-    """For each group a panel, with a place for every model: shares with 95% intervals."""
-    n_models = max(len(result.rows) for result in results)
-    size = (0.45 * n_models * len(results) + 2.5, 3.8)
-    figure, axes = matplotlib.pyplot.subplots(
-        1, len(results), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, result in zip(axes[0], results, strict=True):
-        x = numpy.arange(len(result.rows))
-        _points(ax, x, result.rows)
-        ax.set_xticks(x, [row["model"] for row in result.rows], rotation=90, fontsize=7)
+    """For each group a panel, with a line for every model: shares with 95% intervals."""
+    names = [[row["model"] for row in result.rows] for result in results]
+    alike = all(one == names[0] for one in names)
+    size = ((2.3 if alike else 4.6) * len(results) + 2, 0.24 * max(map(len, names)) + 1.4)
+    figure, axes = matplotlib.pyplot.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
+    for ax, result, models in zip(axes[0], results, names, strict=True):
+        ax.set_yticks(range(len(models)), models, fontsize=7)
+        ax.tick_params(labelleft=not alike or ax is axes[0][0])
+        ax.set_ylim(len(models) - 0.5, -0.5)
+        ax.grid(axis="y", color="0.9", linewidth=0.6)
+        for offset, name, kept, (mean, low, high) in _shares(result.rows):
+            style = _style(name) | {"linestyle": "none"}
+            ax.errorbar(mean, numpy.array(kept) + 0.2 * offset, xerr=_lengths(mean, low, high), **style)
+        ax.set(xlim=(-0.02, 1.02), xlabel="share of pictures")
         ax.set_title(result.group, fontsize=9)
-    _finish(figure, axes[0][0], title)
+    _finish(figure, title)
     return figure
 
 
@@ -73,13 +77,16 @@ def draw_curves(
     )
     for ax, result in zip(axes[0], results, strict=True):
         rows = [row for row in result.rows if row["model"] in x_of]
-        _points(ax, numpy.array([x_of[row["model"]] for row in rows]), rows, line="-")
+        x = numpy.array([x_of[row["model"]] for row in rows])
+        for _, name, kept, (mean, low, high) in _shares(rows):
+            ax.errorbar(x[kept], mean, yerr=_lengths(mean, low, high), linestyle="-", **_style(name))
         for row in result.rows:
             if row["model"] == UNEDITED:
                 ax.axhline(row["specificity"]["mean"], color=_SHARES["specificity"][2], linestyle=":", linewidth=1)
-        ax.set(xscale="log", xlabel=xlabel)
+        ax.set(xscale="log", xlabel=xlabel, ylim=(-0.02, 1.02))
         ax.set_title(result.group, fontsize=9)
-    _finish(figure, axes[0][0], title)
+    axes[0][0].set_ylabel("share of pictures")
+    _finish(figure, title)
     return figure
 
 
@@ -112,19 +119,26 @@ def _by_model(results: Sequence[Result]) -> list[Result]:
     ]
 
 
-def _points(ax, x: numpy.ndarray, rows: Sequence[Mapping], line: str = "none") -> None:
-    for name, (label, marker, color) in _SHARES.items():
+def _shares(rows: Sequence[Mapping]) -> Iterator[tuple[int, str, list[int], numpy.ndarray]]:
+    """For each share: its place among them (-1, 0, 1), its name, the rows that have it, and their means and bounds."""
+    for offset, name in enumerate(_SHARES, start=-1):
         kept = [i for i, row in enumerate(rows) if row[name] is not None]
-        mean, low, high = (numpy.array([rows[i][name][key] for i in kept]) for key in ("mean", "low", "high"))
-        style = {"fmt": marker, "linestyle": line, "markersize": 4, "color": color, "elinewidth": 0.8}
-        # Wilson's interval of a share of 1 ends at 1 but for rounding.
-        ax.errorbar(x[kept], mean, yerr=numpy.maximum(0, [mean - low, high - mean]), label=label, **style)
+        yield offset, name, kept, numpy.array([[rows[i][name][key] for i in kept] for key in ("mean", "low", "high")])
 
 
-def _finish(figure, first, title: str) -> None:
+def _style(name: str) -> dict[str, object]:
+    label, marker, color = _SHARES[name]
+    return {"label": label, "marker": marker, "color": color, "markersize": 4, "elinewidth": 0.8}
+
+
+def _lengths(mean: numpy.ndarray, low: numpy.ndarray, high: numpy.ndarray) -> numpy.ndarray:
+    # Wilson's interval of a share of 1 ends at 1 but for rounding.
+    return numpy.maximum(0, [mean - low, high - mean])
+
+
+def _finish(figure: matplotlib.figure.Figure, title: str) -> None:
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.set_ylim(-0.02, 1.02)
-    first.set_ylabel("share of pictures")
-    first.legend(frameon=False, fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
