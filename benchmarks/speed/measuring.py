@@ -34,10 +34,15 @@ def machine() -> dict[str, object]:
     }
 
 
-def time_in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], repeats: int, *, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each run, `repeats` of each, taking turns so that a machine which slows down slows them all.
 
-    Every run goes once beforehand, unmeasured.
+    Args:
+        runs: by name.
+        repeats: turns.
+        warm: whether every run has gone once before. If not, it does so now, unmeasured.
 
     Raises:
         ValueError: if there is nothing to repeat.
@@ -45,7 +50,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dic
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     seconds = {name: [] for name in runs}
-    for turn in tqdm(range(-1, repeats), desc="turns", disable=None):
+    for turn in tqdm(range(0 if warm else -1, repeats), desc="turns", disable=None):
         for name, run in runs.items():
             gc.collect()
             started = time.perf_counter()

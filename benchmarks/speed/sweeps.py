@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import diffusers
 import numpy
@@ -33,7 +33,6 @@ CASES = {
 # Pictures of 256 pixels: at 512, two cores need a minute for every few rows.
 _SD14_LATENTS = 32
 _GUIDANCE = 4.0
-_BATCH_SIZES = (2, 4, 8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +156,11 @@ def count_evaluations(sweep: Sweep) -> dict[str, int]:
 
 
 @torch.no_grad()
-def best_batch_size(sweep: Sweep) -> int:
+def best_batch_size(sweep: Sweep, sizes: Iterable[int]) -> int:
     """The batch size at which the bare U-Net evaluates most rows per second, the better of two calls each."""
     seconds = {}
     _evaluate_unet(sweep, 2, 2)
-    for size in _BATCH_SIZES:
+    for size in sizes:
         for _ in range(2):
             started = time.perf_counter()
             _evaluate_unet(sweep, size, size)

@@ -28,8 +28,8 @@ import torch
 
 from benchmarks.speed import measuring, nnsight_sweeps, sweeps
 
-# model: steps, sites (None is all)
-_SIZES = {"emoji": (10, None), "sd14": (1, 18)}
+# model: steps, sites (None is all), batch sizes to try the bare U-Net at
+_SIZES = {"emoji": (10, None, (2, 4, 8, 16, 32, 64)), "sd14": (1, 18, (2, 4, 8))}
 _MEMORY = ((10, 10), (25, 10), (50, 10), (10, 40))  # steps, sites
 _AIMS = {"triples": "≥ 2.5", "nnsight_per_site": "> 1", "nnsight_cached": "> 1", "limit": "≥ 0.85"}
 _NAMES = {
@@ -52,7 +52,7 @@ def measure(name: str, repeats: int, folder: pathlib.Path) -> dict:
     Raises:
         RuntimeError: if two ways give different maps, so that comparing their speed would mean nothing.
     """
-    steps, n_sites = _SIZES[name]
+    steps, n_sites, batch_sizes = _SIZES[name]
     sweep = sweeps.make_sweep(name, n_sites, steps)
     counts = sweeps.count_evaluations(sweep)
     runs = {
@@ -64,9 +64,10 @@ def measure(name: str, repeats: int, folder: pathlib.Path) -> dict:
         runs["nnsight_per_site"] = functools.partial(nnsight_sweeps.one_trace_per_site, sweep, model)
         runs["nnsight_cached"] = functools.partial(nnsight_sweeps.cached, sweep, model, counts["rows_per_call"])
     differences = check_agreement(runs)
-    best = sweeps.best_batch_size(sweep)
+    best = sweeps.best_batch_size(sweep, batch_sizes)
     runs["limit"] = functools.partial(sweeps.limit, sweep, counts["evaluations"], best, counts["rows_per_call"])
-    seconds = measuring.time_in_turns(runs, repeats)
+    # each has gone once: to compare maps, and the bare U-Net to find its batch size
+    seconds = measuring.time_in_turns(runs, repeats, warm=True)
     return {
         "steps": steps,
         "sites": len(sweep.sites),
