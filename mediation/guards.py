@@ -67,8 +67,8 @@ def _compiled(module: nn.Module) -> str | None:
 
 
 def _cached(module: nn.Module) -> str | None:
-    hooks = set(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())) - _HARMLESS_HOOKS
-    if hooks:
+    registry = vars(module).get("_diffusers_hook")  # not getattr, which is slow for what a module does not have
+    if hooks := set(getattr(registry, "hooks", ())) - _HARMLESS_HOOKS:
         return f"has the hook {min(hooks)!r} of diffusers, which may skip modules; disable it (disable_cache)"
     package = (getattr(_own_forward(module), "__module__", None) or "").partition(".")[0]
     if package in _CACHING_PACKAGES:
@@ -77,7 +77,7 @@ def _cached(module: nn.Module) -> str | None:
 
 
 def _offloaded(module: nn.Module) -> str | None:
-    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+    if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
         return "is offloaded layer by layer, and its weights cannot be read; use enable_model_cpu_offload() instead"
     return None
 
