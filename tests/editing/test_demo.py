@@ -21,6 +21,14 @@ def test_help_teaches():
 
 
 def test_it_saves_figures_maps_and_an_edit_that_works(tmp_path, monkeypatch):
+    """One case, a fifth of the sites, two of the tokens and few steps: what is left behind is of the same kinds."""
+    sites = mediation.sites
+
+    def few_sites(pipe, **chosen):
+        return sites(pipe, **chosen)[::5]
+
+    monkeypatch.setattr(mediation, "sites", few_sites)
+    monkeypatch.setattr(demo, "_TOKENS", ("subject", "eos"))
     monkeypatch.setattr(demo, "_CASES", {attribute: cases[:1] for attribute, cases in demo._CASES.items()})
     monkeypatch.setattr(demo, "_IMAGE_STEPS", 2)
     used, sample = {}, demo._sample
