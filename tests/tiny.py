@@ -14,7 +14,7 @@ WORDS = ("a", "an", "photo", "of", "image", "picture", "the", "in", "style", "ca
 
 
 def stable_diffusion(seed: int = 0, **overrides) -> diffusers.StableDiffusionPipeline:
-    """A `StableDiffusionPipeline` with the block types of SD 1.x: 70 U-Net sites, 16x16 images, 8x8 latents.
+    """A `StableDiffusionPipeline` with the block types of SD 1.x, half as deep: 16x16 images, 8x8 latents.
 
     Args:
         seed: of the weights; the global random state is left as it was.
@@ -38,10 +38,14 @@ def stable_diffusion_2(seed: int = 0, **overrides) -> diffusers.StableDiffusionP
 
 
 def stable_diffusion_xl(seed: int = 0, **overrides) -> diffusers.StableDiffusionXLPipeline:
-    """A `StableDiffusionXLPipeline`: two text encoders of different width, and several layers per transformer."""
+    """A `StableDiffusionXLPipeline`: two text encoders of different width, and several layers per transformer.
+
+    Its blocks are as deep as those of the real U-Nets: two layers, and three on the way up.
+    """
     text_encoder_2 = {"hidden_size": 48, "projection_dim": 40, "hidden_act": "gelu"}
     unet = {
         "block_out_channels": (8, 8, 16),
+        "layers_per_block": 2,
         "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
         "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
         "transformer_layers_per_block": (1, 2, 3),
@@ -116,7 +120,7 @@ def _build(pipeline: type, seed: int, overrides: dict, **parts) -> diffusers.Dif
             diffusers.UNet2DConditionModel,
             sample_size=8,
             block_out_channels=(8, 8, 16, 16),
-            layers_per_block=2,
+            layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
             attention_head_dim=2,

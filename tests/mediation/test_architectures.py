@@ -16,9 +16,10 @@ from tests import tiny
 from tests.runs import CASE, SAMPLING, alone, rms
 
 
-def test_sd1_has_the_seventy_layers_of_the_paper(tiny_pipe):
+def test_sd1_has_the_seventy_layers_of_the_paper():
     """22 ResNets, 16 self-attentions, 16 cross-attentions, 16 feed-forwards (arXiv:2310.13730)."""
-    counts = collections.Counter(site.component for site in mediation.sites(tiny_pipe, network="unet"))
+    pipe = tiny.stable_diffusion(unet={"layers_per_block": 2})
+    counts = collections.Counter(site.component for site in mediation.sites(pipe, network="unet"))
     assert counts == {"resnet": 22, "self_attention": 16, "cross_attention": 16, "feed_forward": 16}
 
 

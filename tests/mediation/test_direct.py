@@ -144,7 +144,7 @@ def test_a_search_without_any_effect_ends_at_once(tiny_pipe, monkeypatch):
     ("wrong", "message"),
     [
         ({"share": 0}, "between 0 and 1"),
-        ({"max_layers": 17}, "between 1 and the 16 layers"),
+        ({"max_layers": 11}, "between 1 and the 10 layers"),
         ({"images": "all"}, "pass no images"),
         ({"windows": [(0, 1)]}, "pass no windows"),
         ({"metric": [LatentDistance()]}, "a single one"),

@@ -89,14 +89,14 @@ def test_the_unconditional_branch_leaves_out_what_does_not_reach_it(tiny_pipe):
 
 def test_sites_together_are_of_all_their_kinds_and_stand_in_their_middle(tiny_pipe):
     mixed = ["text_encoder.0.mlp", "unet.mid.0.resnet", "unet.mid.0.self_attention"]
-    alike = ["unet.down.0.0.resnet", "unet.down.0.1.resnet", "unet.down.1.0.resnet"]
+    alike = ["unet.up.0.0.resnet", "unet.up.0.1.resnet", "unet.up.1.0.resnet"]
     heads = ["unet.mid.0.self_attention.head.0", "unet.mid.0.self_attention.head.1"]
     found = plan(tiny_pipe, sites=[mixed, alike, heads, heads[1]])
     effects = label(found, found.blank())
     assert effects.network.values.tolist() == ["text_encoder+unet", "unet", "unet", "unet"]
     assert effects.component.values.tolist() == ["mlp+resnet+self_attention", "resnet", *["self_attention"] * 2]
-    assert effects.block.values.tolist() == ["mid", "down.0", "mid", "mid"]
-    assert effects.layer.values[1] == 1
+    assert effects.block.values.tolist() == ["mid", "up.0", "mid", "mid"]
+    assert effects.layer.values[1] == 7
     assert effects["head"].values.tolist() == [-1, -1, -1, 1]
 
 

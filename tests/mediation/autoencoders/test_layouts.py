@@ -108,7 +108,7 @@ def test_layouts_are_predicted_by_an_autoencoder_s_own_dictionary(tiny_pipe):
     dictionary = mediation.concept_dictionary(tiny_pipe, sae, ["a cat", "a dog"], sides, n_top=1, **FAST)
     for other, message in (
         (SparseAutoencoder(8, 17, 3, place=sae.place), "it has 16 latents, and the autoencoder 17"),
-        (SparseAutoencoder(8, 16, 3, place=Place("unet.down.0.1")), "it is of unet.down.0.0 at t=1, cond"),
+        (SparseAutoencoder(8, 16, 3, place=Place("unet.down.1.0")), "it is of unet.down.0.0 at t=1, cond"),
         (SparseAutoencoder(8, 16, 3, place=sae.place, seed=1), "of other weights"),
     ):
         with pytest.raises(ValueError, match=message):
