@@ -5,6 +5,8 @@ whose width is the quantile of the largest deviation over all places, keep their
 section 12.5; Romano and Wolf 2005, doi:10.1198/016214504000000539).
 """
 
+import functools
+
 import numpy
 
 N_RESAMPLES = 10_000
@@ -33,10 +35,8 @@ def ratio_intervals(values: numpy.ndarray, total: numpy.ndarray, confidence: flo
     measured = ~numpy.isnan(values) & ~numpy.isnan(total)[:, None]
     x = numpy.where(measured, values, 0)
     t = numpy.where(measured, total[:, None], 0)
-    rng = numpy.random.default_rng(0)
-    draws = rng.multinomial(len(values), numpy.full(len(values), 1 / len(values)), size=N_RESAMPLES)
     ratio, error = (one[0] for one in _ratios(numpy.ones((1, len(values))), x, t, measured))
-    resampled, errors = _ratios(draws, x, t, measured)
+    resampled, errors = _ratios(_draws(len(values)), x, t, measured)
     enough = measured.sum(0) > 1
     with numpy.errstate(divide="ignore", invalid="ignore"):
         # 0 / 0: a resample of equal cases deviates by nothing, or has none of the cases with this place
@@ -49,15 +49,27 @@ def ratio_intervals(values: numpy.ndarray, total: numpy.ndarray, confidence: flo
     return numpy.array([ratio, ratio - half, ratio + half])
 
 
+@functools.lru_cache(maxsize=2)
+def _draws(n_cases: int) -> numpy.ndarray:
+    """How often each resample has each case, (resample, case): the same for all values of as many cases.
+
+    Counts are floats, since numpy multiplies matrices of integers without BLAS.
+    """
+    rng = numpy.random.default_rng(0)
+    draws = rng.multinomial(n_cases, numpy.full(n_cases, 1 / n_cases), size=N_RESAMPLES).astype(float)
+    draws.flags.writeable = False
+    return draws
+
+
 def _ratios(
     draws: numpy.ndarray, x: numpy.ndarray, t: numpy.ndarray, measured: numpy.ndarray
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Ratios and standard errors, (resample, place), where each case counts as often as it was drawn."""
-    n = draws @ measured
+    n, whole, squared = draws @ measured.astype(float), draws @ t, draws @ x**2
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratio = (draws @ x) / (draws @ t)
-        squares = draws @ x**2 - 2 * ratio * (draws @ (x * t)) + ratio**2 * (draws @ t**2)
+        ratio = (draws @ x) / whole
+        squares = squared - 2 * ratio * (draws @ (x * t)) + ratio**2 * (draws @ t**2)
         # what cancels to less than its rounding is 0
-        squares = numpy.where(squares > 1e-13 * (draws @ x**2), squares, 0)
-        error = numpy.sqrt(squares / (n - 1) / n) / abs((draws @ t) / n)
+        squares = numpy.where(squares > 1e-13 * squared, squares, 0)
+        error = numpy.sqrt(squares / (n - 1) / n) / abs(whole / n)
     return ratio, error
