@@ -26,6 +26,9 @@ SMALL = 0.1
 N_RESAMPLES = 2000
 
 
+Half = numpy.ndarray  # indirect effects (case, site)
+
+
 def differs(maps: Mapping[str, xarray.Dataset]) -> Claim:
     """That knowledge is in different places of the denoiser for different attributes.
 
@@ -36,11 +39,10 @@ def differs(maps: Mapping[str, xarray.Dataset]) -> Claim:
         A claim whose findings, one per attribute and one for all, have the correlation with other attributes as their
         estimate and the reliability as their control; the verdict is that of "all".
     """
-    halves = [_halves(effects) for effects in maps.values()]
+    halves = [half for effects in maps.values() for half in _halves(effects)]
     findings = []
-    if len(halves) > 1 and all(len(second) for _, second in halves):
-        rng = numpy.random.default_rng(0)
-        found = numpy.array([_statistics(halves), *(_statistics(_resampled(halves, rng)) for _ in range(N_RESAMPLES))])
+    if len(maps) > 1 and all(map(len, halves)):
+        found = numpy.concatenate([_statistics(halves, _all_of(halves)), _statistics(halves, _resampled(halves))])
         for i, attribute in enumerate([*maps, "all"]):
             across, within, gap = (_estimate(found[:, i, j]) for j in range(3))
             verdict, reason = judge_gap(within, gap)
@@ -73,32 +75,56 @@ def judge_gap(within: Estimate, gap: Estimate) -> tuple[str, str]:
     return INCONCLUSIVE, "the gap may be nothing, or may not"
 
 
-def _halves(effects: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _halves(effects: xarray.Dataset) -> tuple[Half, Half]:
     """Indirect effects (case, site) of every other case, and of those between."""
     values = by_place(indirect_effect(without_bad_rows(effects))).mean("draw").transpose("case", "place").values
     return values[::2], values[1::2]
 
 
-def _resampled(halves: Sequence[tuple[numpy.ndarray, numpy.ndarray]], rng: numpy.random.Generator) -> list:
-    """Cases drawn anew within each half, so that no case is in both."""
-    return [tuple(half[rng.integers(len(half), size=len(half))] for half in pair) for pair in halves]
+def _all_of(halves: Sequence[Half]) -> list[numpy.ndarray]:
+    """Every case once."""
+    return [numpy.arange(len(half))[None] for half in halves]
 
 
-def _statistics(halves: Sequence[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
-    """ρ across, ρ within, and the gap: for each attribute with the others, and over all pairs."""
-    ranks = stats.rankdata([nanmean(half, 0) for pair in halves for half in pair], axis=1)
-    with numpy.errstate(invalid="ignore", divide="ignore"):  # a constant map has no ranks: NaN says so
-        rho = numpy.corrcoef(ranks)
-    n = len(halves)
-    across = rho.reshape(n, 2, n, 2).mean((1, 3))
-    own = numpy.clip([rho[2 * i, 2 * i + 1] for i in range(n)], 0, None)
-    within = numpy.sqrt(numpy.outer(own, own))
+def _resampled(halves: Sequence[Half]) -> list[numpy.ndarray]:
+    """Cases of each half, (resample, case), drawn anew within it, so that no case is in both."""
+    rng = numpy.random.default_rng(0)
+    draws = [[rng.integers(len(half), size=len(half)) for half in halves] for _ in range(N_RESAMPLES)]
+    return [numpy.array(own) for own in zip(*draws, strict=True)]
+
+
+def _statistics(halves: Sequence[Half], cases: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """ρ across, ρ within, and the gap: for each attribute with the others, and over all pairs.
+
+    Args:
+        halves: of all attributes, one pair after the other.
+        cases: which of each half count, (resample, case).
+
+    Returns:
+        (resample, attribute and "all", statistic).
+    """
+    means = [numpy.array([nanmean(half[rows], 0) for rows in own]) for half, own in zip(halves, cases, strict=True)]
+    ranks = stats.rankdata(numpy.stack(means, 1), axis=-1)
+    rho = _correlations(ranks)
+    n = len(halves) // 2
+    across = rho.reshape(-1, n, 2, n, 2).mean((2, 4))
+    own = numpy.clip(rho[:, range(0, 2 * n, 2), range(1, 2 * n, 2)], 0, None)
+    within = numpy.sqrt(own[:, :, None] * own[:, None])
     pairs = {i: [(i, j) for j in range(n) if j != i] for i in range(n)} | {n: list(itertools.combinations(range(n), 2))}
     rows = []
     for chosen in pairs.values():
         i, j = zip(*chosen, strict=True)
-        rows.append((across[i, j].mean(), within[i, j].mean(), (within - across)[i, j].mean()))
-    return numpy.array(rows)
+        rows.append([one[:, i, j].mean(1) for one in (across, within, within - across)])
+    return numpy.array(rows).transpose(2, 0, 1)
+
+
+def _correlations(ranks: numpy.ndarray) -> numpy.ndarray:
+    """`numpy.corrcoef` of each resample's ranks (resample, half, place): (resample, half, half)."""
+    centred = ranks - ranks.mean(-1, keepdims=True)
+    with numpy.errstate(invalid="ignore", divide="ignore"):  # a constant map has no ranks: NaN says so
+        covariances = centred @ centred.swapaxes(1, 2) / (ranks.shape[-1] - 1)
+        deviations = numpy.sqrt(numpy.diagonal(covariances, axis1=1, axis2=2))
+        return numpy.clip(covariances / deviations[:, :, None] / deviations[:, None], -1, 1)
 
 
 def _estimate(values: numpy.ndarray) -> Estimate:
