@@ -52,9 +52,10 @@ def words(figure):
     return [[(ax.get_xlabel().replace("\n", " "), ax.xaxis.label.get_color()) for ax in row] for row in axes]
 
 
-def test_the_page_shows_every_figure_and_how_to_make_it_again(tiny_pipe, sae, tmp_path, monkeypatch):
-    monkeypatch.setattr(mediation, "load_pipeline", lambda: tiny_pipe)
+def test_the_page_shows_every_figure_and_how_to_make_it_again(small_pipe, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(mediation, "load_pipeline", lambda: small_pipe)
     monkeypatch.setattr(bundled, "load_sae", lambda: sae)
+    monkeypatch.setattr(exhibits, "STRENGTHS", (1.0,))
     places = {"mid.middle.cond": Place("unet.mid.0", (0.5,)), "mid.early.uncond": Place("unet.mid.0", branch="uncond")}
     for name, place in {**places, "of no place": None}.items():
         SparseAutoencoder(16, 16, 3, place=place).save_pretrained(tmp_path / "saes" / name)
@@ -67,7 +68,7 @@ def test_the_page_shows_every_figure_and_how_to_make_it_again(tiny_pipe, sae, tm
     sections = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
     assert sections == ["unet.down.0.0 at t=1, cond", "unet.mid.0 at t=0.5, cond"]
     assert f"--output {tmp_path / 'gallery'} --saes {tmp_path / 'saes'}" in page
-    assert maps.fingerprint(tiny_pipe, [bundled.load_probe()])[:12] in page
+    assert maps.fingerprint(small_pipe, [bundled.load_probe()])[:12] in page
     assert sae.fingerprint[:12] in page
     for line in ("- steps: 2", "- seeds of labelled pictures, from 10000", "- seeds of steered pictures, from 30000"):
         assert line in page.splitlines()
@@ -99,7 +100,7 @@ def test_each_kind_of_label_has_a_dictionary_of_its_own(known):
     numpy.testing.assert_allclose(points[1], [[0.75 / 11.25, 3 / 9]] * 4)
 
 
-def test_captions_count_the_pictures_in_their_quadrant(tiny_pipe, sae, known, monkeypatch):
+def test_captions_count_the_pictures_in_their_quadrant(small_pipe, sae, known, monkeypatch):
     """Whatever the judge says, which here likes what was put into the left half by anything but directions."""
     put = []
     steer = exhibits.editing.steer
@@ -110,7 +111,7 @@ def test_captions_count_the_pictures_in_their_quadrant(tiny_pipe, sae, known, mo
 
     monkeypatch.setattr(exhibits.editing, "steer", note)
     monkeypatch.setattr(trials, "shows", lambda image, experiment, target: put[-1][0] and "left" in target)
-    ((name, figure, caption),) = exhibits.quadrants(tiny_pipe, sae, known, SMALL)
+    ((name, figure, caption),) = exhibits.quadrants(small_pipe, sae, known, SMALL)
     assert name == "quadrants"
     assert "2 of 4 by concept, 2 of 4 by random latents, 0 of 4 by random directions" in caption
     green = [[color == showing.RIGHT for _, color in row] for row in words(figure)]
@@ -119,16 +120,16 @@ def test_captions_count_the_pictures_in_their_quadrant(tiny_pipe, sae, known, mo
     assert {one[3:] for one in put} == {(1.0, (0.6, 1.0))}
     assert {one[1] for one in put[:4]} == {(0, 1, 2, 3, 4)}
     assert not any(set(one[1]) & {0, 1, 2, 3, 4} for one in put[4:8])
-    assert list(exhibits.quadrants(tiny_pipe, sae, known.sel(label=["style: ink"]), SMALL)) == []
+    assert list(exhibits.quadrants(small_pipe, sae, known.sel(label=["style: ink"]), SMALL)) == []
 
 
-def test_a_sweep_of_strengths_has_the_unsteered_picture_and_the_probe_s_words(tiny_pipe, sae, known):
-    ((name, figure, caption),) = exhibits.strengths(tiny_pipe, sae, known, SMALL, "style", ("flat", "ink"))
+def test_a_sweep_of_strengths_has_the_unsteered_picture_and_the_probe_s_words(small_pipe, sae, known):
+    ((name, figure, caption),) = exhibits.strengths(small_pipe, sae, known, SMALL, "style", ("flat", "ink"))
     assert name == "style"
     ((*told,),) = words(figure)
     columns = [-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]
     assert [ax.get_title() for ax in figure.axes] == [f"{strength:g}" for strength in columns]
-    plain = trials.generate(tiny_pipe, ["a cat"], seed=30_000, steps=2, guidance_scale=SMALL.guidance_scale)[0]
+    plain = trials.generate(small_pipe, ["a cat"], seed=30_000, steps=2, guidance_scale=SMALL.guidance_scale)[0]
     pictures = [torch.from_numpy(numpy.array(ax.images[0].get_array())).permute(2, 0, 1).float() for ax in figure.axes]
     assert [torch.equal(picture, plain) for picture in pictures] == [strength == 0 for strength in columns]
     probe, seen = bundled.load_probe(), []
@@ -140,7 +141,7 @@ def test_a_sweep_of_strengths_has_the_unsteered_picture_and_the_probe_s_words(ti
         assert color == (showing.RIGHT if seen[-1] == "ink" else showing.WRONG)
     counts = ", ".join(f"{int(one == 'ink')} at {strength:g}" for one, strength in zip(seen, columns, strict=True))
     assert f"of 1, as wanted are {counts}. No latents are known for flat." in caption
-    assert not list(exhibits.strengths(tiny_pipe, sae, known, SMALL, "style", ("flat",)))
+    assert not list(exhibits.strengths(small_pipe, sae, known, SMALL, "style", ("flat",)))
 
 
 @pytest.mark.parametrize("wrong", [{"labelled": 0}, {"objects": -1}, {"strength": 0.0}])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 
+import matplotlib.figure
 import numpy
 import pytest
 import torch
@@ -133,8 +134,8 @@ def test_intervals_of_a_claim_hold_for_all_its_blocks_and_controls_together():
             assert alone[2] - alone[1] < one.high - one.low
 
 
-def test_whatever_is_missing_is_made_and_the_rest_is_found_again(tiny_pipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mediation, "load_pipeline", lambda: tiny_pipe)
+def test_whatever_is_missing_is_made_and_the_rest_is_found_again(small_pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mediation, "load_pipeline", lambda: small_pipe)
     monkeypatch.setattr(trials, "STRENGTHS", (1.0,))
     settings = Settings(steps=3, images=6, positions=200, k=2, labelled=4, watched=3, tuned=1, objects=2)
     autoencoders.run(settings, ["down"], ["quadrant"], tmp_path)
@@ -149,6 +150,7 @@ def test_whatever_is_missing_is_made_and_the_rest_is_found_again(tiny_pipe, tmp_
     for name in ("collect_activations", "fit_sae", "concept_dictionaries"):
         monkeypatch.setattr(mediation, name, None)
     monkeypatch.setattr(trials.Studio, "draw", None)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **options: None)  # the same figures
     autoencoders.run(settings, ["down"], ["quadrant"], tmp_path)
     second = capsys.readouterr().out
     assert first.splitlines()[-4:] == second.splitlines()[-4:], "the verdicts"
