@@ -14,13 +14,13 @@ from tests.attributions import judged
 CAD, RANDOM = named("cad", max(RATIOS)), named("random", max(RATIOS))
 
 
-def test_recipes_take_as_many_weights_for_controls_and_score_once(tiny_pipe, monkeypatch):
+def test_recipes_take_as_many_weights_for_controls_and_score_once(small_pipe, monkeypatch):
     given, real = [], mediation.attribute
     monkeypatch.setattr(mediation, "attribute", lambda *a, **k: given.append(a) or real(*a, **k))
     recipes.scored.cache_clear()
     options = {"objective": "erase", "prompt": "a ink cat", "ratio": 0.02, "num_inference_steps": 1}
     edits = {
-        scores: recipes.Ablation(scores=scores, **options).make(tiny_pipe, {}, "") for scores in ("cad", *CONTROLS)
+        scores: recipes.Ablation(scores=scores, **options).make(small_pipe, {}, "") for scores in ("cad", *CONTROLS)
     }
     recipes.scored.cache_clear()
     assert len(given) == 1

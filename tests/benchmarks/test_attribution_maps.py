@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy
 import pytest
@@ -27,32 +28,52 @@ TASKS = [
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals of planted maps need no more."""
+    monkeypatch.setattr(fidelity, "_N_RESAMPLES", 100)
+
+
 @pytest.mark.parametrize("task", TASKS, ids=maps.NETWORKS)
 @pytest.mark.parametrize("points", [0, 1, 3])
-def test_the_cost_that_is_announced_is_the_cost(tiny_pipe, task, points):
+def test_the_cost_that_is_announced_is_the_cost(small_pipe, task, points):
     """The hook counts ways forward; a way back through each row of the differentiated run counts twice."""
     variant = variants.Variant.of(task, points)
-    with counting(tiny_pipe) as counter:
-        effects = variant.run(tiny_pipe)
+    with counting(small_pipe) as counter:
+        effects = variant.run(small_pipe)
     n_evaluations = 2 * CASES[0].corruption.draws  # of a row at one step, in both halves
     n_counted = counter["rows"] + 2 * points * n_evaluations * variant.num_inference_steps
     # of the exact map by step: the ResNet and the self-attention before any text change nothing in the first step, so
     # that their rows go on as if they had not begun
     n_spared = 2 * n_evaluations if not points and task.network == "denoiser" else 0
-    assert n_counted + n_spared == variant.row_evaluations(tiny_pipe)
+    assert n_counted + n_spared == variant.row_evaluations(small_pipe)
     assert effects.attrs.get("integrated", 0) == points
     assert ("window" in effects.dims) == (task.network == "denoiser")
 
 
 @pytest.fixture(scope="module")
-def traced(tiny_pipe):
+def traced(small_pipe):
     """Maps as `benchmarks.reproduce.tracing` would make them of the tasks."""
-    return {task.network: task.run(tiny_pipe) for task in TASKS}
+    return {task.network: task.run(small_pipe) for task in TASKS}
 
 
-def test_maps_are_made_once_and_put_beside_what_was_traced(tiny_pipe, traced, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def untraced(small_pipe, tmp_path_factory):
+    """What is compared without traced maps, and the folder of what was made for it."""
+    folder = tmp_path_factory.mktemp("maps")
+    return variants.collect(small_pipe, TASKS, "", folder, None), folder
+
+
+def test_without_traced_maps_only_steps_are_compared(untraced):
+    (only,), folder = untraced
+    assert only.places == variants.STEPS
+    assert {path.name for path in folder.glob("*/*")} == {"object.denoiser.nc"}
+
+
+def test_maps_are_made_once_and_put_beside_what_was_traced(small_pipe, untraced, traced, tmp_path, monkeypatch, capsys):
+    shutil.copytree(untraced[1], tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(variants, "traced", lambda pipe, task, folder: traced[task.network])
-    by_step, by_site, by_token = found = variants.collect(tiny_pipe, TASKS, "", tmp_path, None)
+    by_step, by_site, by_token = found = variants.collect(small_pipe, TASKS, "", tmp_path, None)
     assert [one.places for one in found] == [variants.STEPS, variants.SITES, variants.TOKENS]
     assert all(list(one.estimates) == ["estimated", "integrated"] for one in found)
     assert "window" in by_step.exact.dims
@@ -62,26 +83,20 @@ def test_maps_are_made_once_and_put_beside_what_was_traced(tiny_pipe, traced, tm
     difference = by_step.estimates["estimated"].restored - by_step.estimates["integrated"].restored
     assert float(abs(difference).max()) > 0
     capsys.readouterr()
-    again = variants.collect(tiny_pipe, TASKS, "", tmp_path, None)
+    again = variants.collect(small_pipe, TASKS, "", tmp_path, None)
     assert "row-evaluations" not in capsys.readouterr().out, "all of them are there"
     for one, other in zip(found, again, strict=True):
         for way, effects in one.estimates.items():
             xarray.testing.assert_identical(effects, other.estimates[way])
     with pytest.raises(ValueError, match="was made with another model"):
-        variants.collect(tiny_pipe, TASKS, "another", tmp_path, None)
+        variants.collect(small_pipe, TASKS, "another", tmp_path, None)
 
 
-def test_traced_maps_of_fewer_runs_are_refused(tiny_pipe, traced, tmp_path, monkeypatch):
+def test_traced_maps_of_fewer_runs_are_refused(small_pipe, traced, tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "traced", lambda pipe, task, folder: traced[task.network].isel(draw=[0]))
     with pytest.raises(ValueError, match="has 1 draws, and 2 are asked for"):
-        variants.collect(tiny_pipe, TASKS, "", tmp_path, None)
+        variants.collect(small_pipe, TASKS, "", tmp_path, None)
     assert not list(tmp_path.iterdir()), "before any work"
-
-
-def test_without_traced_maps_only_steps_are_compared(tiny_pipe, tmp_path):
-    (only,) = variants.collect(tiny_pipe, TASKS, "", tmp_path, None)
-    assert only.places == variants.STEPS
-    assert {path.name for path in tmp_path.glob("*/*")} == {"object.denoiser.nc"}
 
 
 def test_a_traced_map_is_found_by_what_it_was_made_for(tmp_path):

@@ -14,9 +14,9 @@ from tests.runs import CASE
 
 
 @pytest.fixture
-def sweep(tiny_pipe):
-    sites = tuple(mediation.sites(tiny_pipe, network="unet", block="mid"))
-    return Sweep(tiny_pipe, CASE, sites, LatentDistance(), Sampling(2, 4.0), batch_size=5)
+def sweep(small_pipe):
+    sites = tuple(mediation.sites(small_pipe, network="unet", block="mid"))
+    return Sweep(small_pipe, CASE, sites, LatentDistance(), Sampling(2, 4.0), batch_size=5)
 
 
 def test_triples_give_the_map_that_tracing_gives(sweep):

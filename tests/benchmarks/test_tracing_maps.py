@@ -22,18 +22,18 @@ TASK = maps.Task("object", "text", CASES, (LatentDistance(),), num_inference_ste
 
 @pytest.mark.parametrize("network", maps.NETWORKS)
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
-def test_the_cost_that_is_announced_is_the_cost(tiny_pipe, network, guidance_scale):
+def test_the_cost_that_is_announced_is_the_cost(small_pipe, network, guidance_scale):
     task = dataclasses.replace(TASK, network=network, guidance_scale=guidance_scale)
-    with counting(tiny_pipe) as counter:
-        effects = task.run(tiny_pipe)
-    assert counter["rows"] == task.row_evaluations(tiny_pipe)
-    assert dict(effects.sizes)["site"] == {"denoiser": 70, "text": 6}[network]
+    with counting(small_pipe) as counter:
+        effects = task.run(small_pipe)
+    assert counter["rows"] == task.row_evaluations(small_pipe)
+    assert dict(effects.sizes)["site"] == {"denoiser": 29, "text": 4}[network]
 
 
-def test_a_map_is_made_once(tiny_pipe, tmp_path):
-    model = maps.fingerprint(tiny_pipe, [])
+def test_a_map_is_made_once(small_pipe, tmp_path):
+    model = maps.fingerprint(small_pipe, [])
     assert maps.pending([TASK], tmp_path, model) == [TASK]
-    maps.make(TASK, tiny_pipe, tmp_path, model)
+    maps.make(TASK, small_pipe, tmp_path, model)
     assert maps.pending([TASK], tmp_path, model) == []
     assert open_map(maps.map_path(TASK, tmp_path)).token.values.tolist() == list(maps.TOKENS)
 
@@ -42,21 +42,21 @@ def test_a_map_is_made_once(tiny_pipe, tmp_path):
     "change",
     [{"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"cases": CASES[:1]}, {"metrics": (LatentDistance(),) * 2}],
 )
-def test_a_map_of_something_else_is_not_taken_for_it(tiny_pipe, tmp_path, change):
-    model = maps.fingerprint(tiny_pipe, [])
-    maps.make(TASK, tiny_pipe, tmp_path, model)
+def test_a_map_of_something_else_is_not_taken_for_it(small_pipe, tmp_path, change):
+    model = maps.fingerprint(small_pipe, [])
+    maps.make(TASK, small_pipe, tmp_path, model)
     with pytest.raises(ValueError, match="was made with another model, other cases or other settings"):
         maps.pending([dataclasses.replace(TASK, **change)], tmp_path, model)
 
 
-def test_what_is_interrupted_leaves_no_map(tiny_pipe, tmp_path, monkeypatch):
+def test_what_is_interrupted_leaves_no_map(small_pipe, tmp_path, monkeypatch):
     def interrupted(effects, path):
         path.write_text("half a map")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(maps, "save_map", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        maps.make(TASK, tiny_pipe, tmp_path, "")
+        maps.make(TASK, small_pipe, tmp_path, "")
     assert maps.pending([TASK], tmp_path, "") == [TASK]
 
 
@@ -136,11 +136,11 @@ class Brightness:
         return latents.mean((1, 2, 3))
 
 
-def test_the_command_makes_what_is_missing(tiny_pipe, tmp_path, capsys):
+def test_the_command_makes_what_is_missing(small_pipe, tmp_path, capsys):
     task = dataclasses.replace(TASK, metrics=(Brightness(),))
-    tracing.make_maps(tiny_pipe, [task], tmp_path, "")
+    tracing.make_maps(small_pipe, [task], tmp_path, "")
     said = capsys.readouterr().out
     assert said.startswith("0 of 1 maps are there\n")
-    assert f"{task.row_evaluations(tiny_pipe):,} row-evaluations" in said
-    tracing.make_maps(tiny_pipe, [task], tmp_path, "")
+    assert f"{task.row_evaluations(small_pipe):,} row-evaluations" in said
+    tracing.make_maps(small_pipe, [task], tmp_path, "")
     assert capsys.readouterr().out == "1 of 1 maps are there\n"
