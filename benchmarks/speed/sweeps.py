@@ -66,6 +66,7 @@ def load(name: str) -> diffusers.DiffusionPipeline:
         unet={
             "sample_size": _SD14_LATENTS,
             "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
             "attention_head_dim": 8,
             "cross_attention_dim": 768,
             "norm_num_groups": 32,
