@@ -1,29 +1,15 @@
 """The editing guide does what it says: its Python and its commands run, in order, and leave what they promise."""
 
-import pathlib
-import re
-import shlex
-
-import matplotlib.pyplot
-import pytest
 import torch
-from typer.testing import CliRunner
 
-from editing.cli import app
+from tests.guides import run_commands, run_python
 
-GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "editing.md"
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), flags=re.DOTALL | re.MULTILINE)
+GUIDE = "docs/editing.md"
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, source in enumerate(blocks("python")):
-        exec(compile(source, f"{GUIDE.name}, block {number}", "exec"), names)
-    matplotlib.pyplot.close("all")
+    names = run_python(GUIDE)
     edit, back = names["edit"], names["same"]
     assert all(torch.equal(update.dense(), back.updates[name].dense()) for name, update in edit.updates.items())
     for name in edit.updates:
@@ -37,16 +23,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 def test_the_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    commands = run_commands(GUIDE)
     assert {command[1] for command in commands} >= {"quickfix", "show", "evaluate", "export", "apply"}
-    for program, *arguments in commands:
-        assert program == "editing"
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, f"{arguments}: {result.output}"
     assert (tmp_path / "report" / "sheet.png").exists()
     assert (tmp_path / "edited-by-command" / "model_index.json").exists()
-
-
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)", GUIDE.read_text()))
-def test_links_lead_somewhere(link):
-    assert (GUIDE.parent / link).exists()
