@@ -80,7 +80,10 @@ def as_markdown(claims: Sequence[Claim], settings: Mapping[str, object], scope: 
 
 
 def draw(claim: Claim) -> matplotlib.figure.Figure:
-    """Estimates and controls with their intervals, by attribute; within the grey band, a share is negligible."""
+    """Estimates and controls with their intervals, by attribute; within the grey band, a share is negligible.
+
+    Intervals of shares that leave the frame, which is wide enough for every estimate, go on outside.
+    """
     figure, ax = matplotlib.pyplot.subplots(
         figsize=(max(5.0, 0.9 * len(claim.findings) + 2), 3.4), layout="constrained"
     )
@@ -93,6 +96,9 @@ def draw(claim: Claim) -> matplotlib.figure.Figure:
         _intervals(ax, x[rows] - 0.15, estimates, fmt=marker, color=color, label=verdict)
     if any(one.sham is not None for one in claim.findings):
         ax.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0)
+        means = [e.mean for e in (*control, *(one.estimate for one in claim.findings)) if math.isfinite(e.mean)]
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, min([-0.5, *means]) - 0.1), min(high, max([1.5, *means]) + 0.1))
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(x, [one.attribute for one in claim.findings])
     ax.set_ylabel("\n".join(claim.quantity.split(", ")), fontsize="small")
