@@ -1,10 +1,13 @@
 """The README does what it says: its Python runs."""
 
 import PIL.Image
+import pytest
 import torch
 
 import mediation
 from tests.guides import run_python
+
+pytestmark = pytest.mark.no_cover  # what the README shows has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):

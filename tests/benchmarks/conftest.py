@@ -3,6 +3,11 @@
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def without_coverage(no_cover):
+    """What is covered is told by the packages' own tests; on Python 3.11, measuring it costs half the time again."""
+
+
 @pytest.fixture(scope="session")
 def tiny_pipe():
     """As deep as SD 1.x, since reports count its 70 sites; shared: leave it as it was."""

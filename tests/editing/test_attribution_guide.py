@@ -1,10 +1,13 @@
 """The attribution guide does what it says: its Python and its commands run, in order, and leave what they promise."""
 
+import pytest
+
 import editing
 from mediation.mapfiles import open_map
 from tests.guides import run_commands, run_python
 
 GUIDE = "docs/attribution.md"
+pytestmark = pytest.mark.no_cover  # what guides show has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):

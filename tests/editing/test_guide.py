@@ -1,10 +1,12 @@
 """The editing guide does what it says: its Python and its commands run, in order, and leave what they promise."""
 
+import pytest
 import torch
 
 from tests.guides import run_commands, run_python
 
 GUIDE = "docs/editing.md"
+pytestmark = pytest.mark.no_cover  # what guides show has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):

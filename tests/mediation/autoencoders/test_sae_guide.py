@@ -1,11 +1,13 @@
 """The autoencoder guide does what it says: its Python and its commands run, in order."""
 
+import pytest
 import xarray
 
 from mediation import open_dictionary
 from tests.guides import run_commands, run_python
 
 GUIDE = "docs/autoencoders.md"
+pytestmark = pytest.mark.no_cover  # what guides show has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
