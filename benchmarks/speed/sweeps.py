@@ -30,8 +30,8 @@ CASES = {
     "emoji": mediation.Case("a cat in the style of ink", subject="ink"),
     "sd14": mediation.Case("a photo of a cat in ink style", subject="ink"),
 }
-# Pictures of 256 pixels: at 512, two cores need a minute for every few rows.
-_SD14_LATENTS = 32
+# Pictures of 128 pixels: at 512, two cores need a minute for every few rows.
+_SD14_LATENTS = 16
 _GUIDANCE = 4.0
 
 

@@ -9,7 +9,7 @@ All run the same sweep in turns, one case and one draw with every site restored 
   scoring.
 
 emoji is Emoji Diffusion, all sites of its U-Net, with CLIPScore. sd14 has the networks of SD 1.4 with random weights,
-32×32 latents, 18 sites and one step, with the distance of latents, which needs no decoding. Peak memory is measured on
+16×16 latents, 18 sites and one step, with the distance of latents, which needs no decoding. Peak memory is measured on
 Emoji Diffusion, in a process of its own for each number of steps and sites.
 
 Run: python -m benchmarks.speed.tracing --output runs/speed/tracing
