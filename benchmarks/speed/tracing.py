@@ -13,7 +13,7 @@ emoji is Emoji Diffusion, all sites of its U-Net, with CLIPScore. sd14 has the n
 Emoji Diffusion, in a process of its own for each number of steps and sites.
 
 Run: python -m benchmarks.speed.tracing --output runs/speed/tracing
-By its row-evaluations, emoji needs about six minutes on two cores; sd14 needs far more (--models emoji leaves it out).
+By their row-evaluations, emoji needs about six minutes on two cores, and sd14 twice as long.
 """
 
 import argparse
@@ -22,14 +22,34 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy
 import torch
 
 from benchmarks.speed import measuring, nnsight_sweeps, sweeps
 
-# model: steps, sites (None is all), batch sizes to try the bare U-Net at
-_SIZES = {"emoji": (10, None, (2, 4, 8, 16, 32, 64)), "sd14": (1, 18, (2, 4, 8))}
+
+class _Size(NamedTuple):
+    """How large a sweep is.
+
+    Attributes:
+        steps: of sampling.
+        n_sites: how many sites; None is all.
+        batch_sizes: to try the bare U-Net at.
+        warms_up: whether every way goes once, unmeasured, before it is timed: nothing of minutes needs that.
+    """
+
+    steps: int
+    n_sites: int | None
+    batch_sizes: tuple[int, ...]
+    warms_up: bool
+
+
+_SIZES = {
+    "emoji": _Size(10, None, (2, 4, 8, 16, 32, 64), warms_up=True),
+    "sd14": _Size(1, 18, (2, 4, 8), warms_up=False),
+}
 _MEMORY = ((10, 10), (25, 10), (50, 10), (10, 40))  # steps, sites
 _AIMS = {"triples": "≥ 2.5", "nnsight_per_site": "> 1", "nnsight_cached": "> 1", "limit": "≥ 0.85"}
 _NAMES = {
@@ -52,8 +72,8 @@ def measure(name: str, repeats: int, folder: pathlib.Path) -> dict:
     Raises:
         RuntimeError: if two ways give different maps, so that comparing their speed would mean nothing.
     """
-    steps, n_sites, batch_sizes = _SIZES[name]
-    sweep = sweeps.make_sweep(name, n_sites, steps)
+    size = _SIZES[name]
+    sweep = sweeps.make_sweep(name, size.n_sites, size.steps)
     counts = sweeps.count_evaluations(sweep)
     runs = {
         "traced": functools.partial(sweeps.traced, sweep),
@@ -63,13 +83,13 @@ def measure(name: str, repeats: int, folder: pathlib.Path) -> dict:
         model = nnsight_sweeps.wrap(sweep.pipe, folder)
         runs["nnsight_per_site"] = functools.partial(nnsight_sweeps.one_trace_per_site, sweep, model)
         runs["nnsight_cached"] = functools.partial(nnsight_sweeps.cached, sweep, model, counts["rows_per_call"])
-    differences = check_agreement(runs)
-    best = sweeps.best_batch_size(sweep, batch_sizes)
+    maps = {}
+    runs = {way: functools.partial(_keep, maps, way, run) for way, run in runs.items()}
+    best = sweeps.best_batch_size(sweep, size.batch_sizes)
     runs["limit"] = functools.partial(sweeps.limit, sweep, counts["evaluations"], best, counts["rows_per_call"])
-    # each has gone once: to compare maps, and the bare U-Net to find its batch size
-    seconds = measuring.time_in_turns(runs, repeats, warm=True)
+    seconds = measuring.time_in_turns(runs, repeats, warm=not size.warms_up)
     return {
-        "steps": steps,
+        "steps": size.steps,
         "sites": len(sweep.sites),
         "metric": sweep.metric.name,
         "row_evaluations": counts,
@@ -77,17 +97,20 @@ def measure(name: str, repeats: int, folder: pathlib.Path) -> dict:
         "seconds": seconds,
         # how many times faster than the others tracing is
         "ratios": {way: measuring.ratio(values, seconds["traced"]) for way, values in seconds.items()},
-        "largest_difference_of_maps": differences,
+        "largest_difference_of_maps": check_agreement(maps),
     }
 
 
-def check_agreement(runs: Mapping[str, Callable[[], numpy.ndarray]]) -> dict[str, float]:
+def _keep(maps: dict[str, numpy.ndarray], way: str, run: Callable[[], numpy.ndarray]) -> None:
+    maps[way] = run()
+
+
+def check_agreement(maps: Mapping[str, numpy.ndarray]) -> dict[str, float]:
     """The largest difference of each map from the one of "traced".
 
     Raises:
         RuntimeError: if it exceeds a thousandth of the range of that map, and rounding.
     """
-    maps = {way: run() for way, run in runs.items()}
     differences = {way: float(abs(found - maps["traced"]).max()) for way, found in maps.items() if way != "traced"}
     # the second term for random weights, which may hardly tell sites apart: latents of order one in float32
     tolerance = 1e-3 * float(numpy.ptp(maps["traced"])) + 1e-5

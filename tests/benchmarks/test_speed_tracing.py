@@ -49,15 +49,16 @@ def test_the_large_pipeline_has_the_configuration_of_sd_1_4(monkeypatch):
     monkeypatch.setattr(sweeps.tiny, "stable_diffusion", lambda **overrides: given.update(overrides))
     sweeps.load("sd14")
     assert given["unet"]["block_out_channels"] == (320, 640, 1280, 1280)
+    assert given["unet"]["layers_per_block"] == 2
     assert given["text_encoder"]["hidden_size"] == given["unet"]["cross_attention_dim"] == 768
 
 
 def test_ways_that_disagree_are_not_compared():
-    runs = {"traced": lambda: numpy.array([1.0, 2.0]), "triples": lambda: numpy.array([1.0, 2.0005])}
-    assert tracing.check_agreement(runs) == {"triples": pytest.approx(0.0005)}
+    maps = {"traced": numpy.array([1.0, 2.0]), "triples": numpy.array([1.0, 2.0005])}
+    assert tracing.check_agreement(maps) == {"triples": pytest.approx(0.0005)}
     for wrong in (2.1, numpy.nan):
         with pytest.raises(RuntimeError, match="triples give other maps"):
-            tracing.check_agreement(runs | {"triples": lambda wrong=wrong: numpy.array([1.0, wrong])})
+            tracing.check_agreement(maps | {"triples": numpy.array([1.0, wrong])})
 
 
 def test_the_report_says_what_was_measured():
