@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
@@ -101,7 +102,7 @@ def draw(claim: Claim) -> matplotlib.figure.Figure:
         ax.set_ylim(max(low, min([-0.5, *means]) - 0.1), min(high, max([1.5, *means]) + 0.1))
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(x, [one.attribute for one in claim.findings])
-    ax.set_ylabel("\n".join(claim.quantity.split(", ")), fontsize="small")
+    ax.set_ylabel(textwrap.fill(claim.quantity, 42), fontsize="small")
     ax.set_title(claim.statement, fontsize="small", wrap=True)
     if claim.findings:
         ax.legend(fontsize="x-small", ncols=4, loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
