@@ -143,7 +143,7 @@ def make_plan(
     if batch_size is None:
         # as much activation memory as 32 rows of 32×32 latents, within reason
         _, height, width = family.latent_shape(pipe)
-        batch_size = max(4, min(32, 32 * 32 * 32 // (height * width)))
+        batch_size = max(4, min(64, 32 * 32 * 32 // (height * width)))
     if batch_size <= N_CONTROLS:
         raise ValueError(f"batch_size counts the clean and the sham row too: it must be at least 3, got {batch_size}")
     return Plan(
