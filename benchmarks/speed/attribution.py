@@ -42,8 +42,7 @@ def activation_attribution(pipe: DiffusionPipeline, steps: int, repeats: int, n_
         pipe: the pipeline.
         steps: of sampling.
         repeats: turns that are timed.
-        n_sites: sites that are restored exactly, at each step; three of them at 50 steps fill their batches of 30 as
-            the whole map does.
+        n_sites: sites that are restored exactly, at each step.
     """
     options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
     n_all = len(mediation.sites(pipe, network="unet"))
