@@ -176,7 +176,7 @@ class _Watch:
         family = family_of(pipe)
         self._pipe, self._jobs, self._calls = pipe, jobs, calls
         self._denoiser = family.denoiser
-        self._n_halves = len(family.guidance_halves) if plan.sampling.guided else 1
+        self._n_halves = len(plan.sampling.present_halves(family.guidance_halves))
         self._halves = plan.sampling.changed_halves(family.guidance_halves)
         self._untouched = Intervention(mode=plan.mode)
         self.totals: list[torch.Tensor | float] = []

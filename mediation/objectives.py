@@ -181,7 +181,7 @@ def _draw(
 def _trajectories(pipe, prompt: str, seeds: Sequence[int], sampling: Sampling, bar: tqdm) -> tuple[torch.Tensor, ...]:
     family, n_rows = family_of(pipe), len(seeds)
     denoiser = getattr(pipe, family.denoiser)
-    halves = family.guidance_halves if sampling.guided else ("cond",)
+    halves = sampling.present_halves(family.guidance_halves)
     conditioning = family.encode(pipe, [prompt]) | (family.encode_negative(pipe) if sampling.guided else {})
     shape = (1, *family.latent_shape(pipe))
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -48,10 +48,13 @@ class Sampling:
         """Whether the denoiser sees an unconditional half."""
         return self.guidance_scale > 1
 
+    def present_halves(self, halves: Sequence[str]) -> Sequence[str]:
+        """Which halves the denoiser's batch has, of those that a family names in their order."""
+        return halves if self.guided else ("cond",)
+
     def changed_halves(self, halves: Sequence[str]) -> list[int]:
-        """Which of the denoiser's halves are changed, of those that a family names in their order."""
-        present = halves if self.guided else ("cond",)
-        return [i for i, half in enumerate(present) if self.branch in (half, "both")]
+        """The places of those that are changed, among `present_halves`."""
+        return [i for i, half in enumerate(self.present_halves(halves)) if self.branch in (half, "both")]
 
 
 @torch.no_grad()
@@ -66,7 +69,8 @@ def sample_rows(
 ) -> torch.Tensor:
     """Samples the clean row, the corrupted row, and one row per intervention.
 
-    The denoiser computes a row from the step on in which it is first changed; until then it is the run it starts as.
+    The denoiser computes a row from the step on in which it is first changed; until then it is the run it starts as. In
+    that step it still shares the half that is not changed.
 
     Args:
         pipe: the pipeline.
@@ -83,14 +87,14 @@ def sample_rows(
     n_rows = N_CONTROLS + len(rows)
     conditioning = encode_rows(pipe, case, draw, rows)
     progress = progress or Progress(pipe)
-    waiting = Waiting(rows, family.denoiser)
-    halves = sampling.changed_halves(family.guidance_halves)
+    changed = sampling.changed_halves(family.guidance_halves)
+    waiting = Waiting(rows, family.denoiser, sampling.present_halves(family.guidance_halves), changed)
 
     def copies(target: Target, features: slice) -> list[Copy]:
         if not target.intervention.covers(progress.fraction):
             return []
         involved = target.intervention.donor, target.row
-        return [Copy(*waiting.places(half, involved), features=features) for half in halves]
+        return [Copy(*waiting.places(half, involved), features=features) for half in changed]
 
     def stand_ins(latents: torch.Tensor) -> list[int]:
         return waiting.stand_ins(latents, progress.fraction)

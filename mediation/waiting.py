@@ -1,6 +1,6 @@
-"""Rows that wait for their window are still the run that they start as, and the denoiser computes that one for them."""
+"""Rows of the denoiser's batch that are still the run they start as: it computes that one for them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -10,17 +10,20 @@ from mediation.rows import N_CONTROLS, Intervention
 class Waiting:
     """Which rows of a batch the denoiser computes in its current call, and where they stand among those.
 
-    A row waits for as long as nothing is changed in it, its text is that of the run that it starts as (its sham), and
-    its latents are that run's, bit for bit. So nothing is presumed of the scheduler: one that gives each row noise of
-    its own sets them apart, and they are computed.
+    In either half of guidance, a row waits for as long as nothing is changed in it, its text is that of the run that it
+    starts as (its sham), and its latents are that run's, bit for bit. So nothing is presumed of the scheduler: one that
+    gives each row noise of its own sets them apart, and they are computed. All rows share the unconditional text: in
+    the step in which a row is first changed, that half of it still waits.
 
     Args:
         rows: what happens in the rows behind the controls.
         denoiser: the name of the network.
+        halves: names of the halves of its batch, in their order.
+        changed: which of these are changed, by their place.
     """
 
-    def __init__(self, rows: Sequence[Intervention], denoiser: str):
-        self._rows, self._denoiser = rows, denoiser
+    def __init__(self, rows: Sequence[Intervention], denoiser: str, halves: Sequence[str], changed: Collection[int]):
+        self._rows, self._denoiser, self._halves, self._changed = rows, denoiser, halves, changed
         self._computed: list[int] = []
 
     def stand_ins(self, latents: torch.Tensor, fraction: float) -> list[int]:
@@ -30,19 +33,27 @@ class Waiting:
             latents: (half and row, channel, height, width); the halves of guidance hold the same latents.
             fraction: of sampling, as of `Intervention.covers`.
         """
-        chosen = list(range(N_CONTROLS))
-        for row, intervention in enumerate(self._rows, start=N_CONTROLS):
-            waits = self._may_wait(intervention, fraction) and torch.equal(latents[row], latents[intervention.sham])
-            chosen.append(intervention.sham if waits else row)
+        chosen = []
+        for half in range(len(self._halves)):
+            start = self._start(half)
+            chosen += range(start, start + N_CONTROLS)
+            for row, intervention in enumerate(self._rows, start=start + N_CONTROLS):
+                sham = start + intervention.sham
+                waits = self._may_wait(half, intervention, fraction) and torch.equal(latents[row], latents[sham])
+                chosen.append(sham if waits else row)
         self._computed = sorted(set(chosen))
-        return [start + row for start in range(0, len(latents), len(chosen)) for row in chosen]
+        return chosen
 
     def places(self, half: int, rows: Sequence[int]) -> list[int]:
-        """Where rows that are computed stand in one half of what is computed."""
-        start = half * len(self._computed)
-        return [start + self._computed.index(row) for row in rows]
+        """Where rows of one half, which are computed, stand in what is computed."""
+        return [self._computed.index(self._start(half) + row) for row in rows]
 
-    def _may_wait(self, intervention: Intervention, fraction: float) -> bool:
+    def _start(self, half: int) -> int:
+        return half * (N_CONTROLS + len(self._rows))
+
+    def _may_wait(self, half: int, intervention: Intervention, fraction: float) -> bool:
+        networks = {site.network for site in intervention.sites}
+        is_changed = self._denoiser in networks and half in self._changed and intervention.covers(fraction)
+        own_text = self._halves[half] == "cond" and networks != {self._denoiser}
         # a row without sites may be changed by other means, and by its number
-        same_text = bool(intervention.sites) and all(site.network == self._denoiser for site in intervention.sites)
-        return same_text and not intervention.covers(fraction)
+        return bool(networks) and not is_changed and not own_text

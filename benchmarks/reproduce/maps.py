@@ -77,14 +77,15 @@ class Task:
         options = {"tokens": None, "windows": None, "mode": "restore", "batch_size": None, "images": None}
         options |= self._places(pipe)
         plan = make_plan(pipe, self.cases, metric=self.metrics, sampling=sampling, progress=False, **options)
-        n_steps, n_computed = self.num_inference_steps, 0
+        n_steps, n_halves, n_evaluations = self.num_inference_steps, 2 if sampling.guided else 1, 0
         for case in self.cases:
-            # a row costs nothing before its window opens
             jobs = [one for _, one in plan.interventions(pipe, case)]
             opened = [next(i for i in range(n_steps) if one.covers(i / n_steps)) for one in jobs]
             n_rows = n_computed_rows(len(jobs), plan.batch_size)
-            n_computed += plan.n_draws * (n_rows * n_steps - sum(opened))
-        return (2 if sampling.guided else 1) * n_computed
+            # a row costs nothing before its window opens, and in its first step no unconditional half
+            n_shared = n_halves * sum(opened) + (n_halves - 1) * len(jobs)
+            n_evaluations += plan.n_draws * (n_halves * n_rows * n_steps - n_shared)
+        return n_evaluations
 
     def _places(self, pipe: DiffusionPipeline) -> dict[str, object]:
         if self.network == "text":

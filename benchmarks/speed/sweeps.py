@@ -19,10 +19,12 @@ import mediation
 from benchmarks.speed.clip import TEXT_ENCODER
 from mediation.encoding import encode_rows
 from mediation.hooks import hooked
+from mediation.interventions import Copy
 from mediation.metrics import Metric, default_metric, evaluate
 from mediation.pipelines import family_of
-from mediation.rows import N_CONTROLS, Intervention
-from mediation.sampling import Sampling, sample_rows
+from mediation.restoration import n_computed_rows
+from mediation.rows import CLEAN, N_CONTROLS, Intervention, Target, intervening
+from mediation.sampling import Sampling, denoise, starting_latents
 from mediation.sites import Site
 from tests import tiny
 
@@ -110,7 +112,21 @@ def traced(sweep: Sweep) -> numpy.ndarray:
 
 def triples(sweep: Sweep) -> numpy.ndarray:
     """By the reference procedure: for each site, a batch of three rows, clean, corrupted and restored."""
-    return numpy.array([score(sweep, sample_rows(*_experiment(sweep, site)))[-1] for site in sweep.sites])
+    return numpy.array([score(sweep, _three_rows(sweep, site))[-1] for site in sweep.sites])
+
+
+@torch.no_grad()
+def _three_rows(sweep: Sweep, site: Site) -> torch.Tensor:
+    """Final latents of a batch of which every row is computed at every step."""
+    pipe, rows, n_rows = sweep.pipe, [Intervention((site,))], N_CONTROLS + 1
+
+    def copies(target: Target, features: slice) -> list[Copy]:
+        return [Copy(n_rows + CLEAN, n_rows + target.row, features=features)]  # in the conditional half
+
+    conditioning = encode_rows(pipe, sweep.case, 0, rows)
+    latents = starting_latents(pipe, sweep.case, n_rows)
+    with intervening(pipe, rows, [site.network], copies):
+        return denoise(pipe, sweep.case, conditioning, latents, sweep.sampling)
 
 
 @torch.no_grad()
@@ -136,23 +152,23 @@ def counting(pipe: diffusers.DiffusionPipeline) -> Iterator[collections.Counter]
 
 
 def count_evaluations(sweep: Sweep) -> dict[str, int]:
-    """Rows that the U-Net evaluates in `traced`, and the most that there may be.
+    """Rows of `traced`, how often the U-Net evaluates one, counted, and how often it may at most.
 
     For n sites and chunks of `chunk` restored rows, at most n + 2 ceil(n / chunk) + chunk rows at every step, in each
     of the two halves of guidance.
     """
     with counting(sweep.pipe) as counter:
         effects = _trace(sweep)
-    n, chunk = len(sweep.sites), effects.attrs["batch_size"] - N_CONTROLS
-    at_most = n + 2 * math.ceil(n / chunk) + chunk
-    evaluations = 2 * sweep.sampling.num_inference_steps  # of a row
+    n_steps, batch_size = sweep.sampling.num_inference_steps, effects.attrs["batch_size"]
+    n, chunk = len(sweep.sites), batch_size - N_CONTROLS
+    n_rows, at_most = n_computed_rows(n, batch_size), n + 2 * math.ceil(n / chunk) + chunk
     return {
-        "rows": counter["rows"] // evaluations,
+        "rows": n_rows,
         "rows_at_most": at_most,
         "evaluations": counter["rows"],
-        "evaluations_at_most": evaluations * at_most,
+        "evaluations_at_most": 2 * n_steps * at_most,
         "chunk": chunk,
-        "rows_per_call": counter["rows"] // counter["calls"] // 2,
+        "rows_per_call": n_rows * n_steps // counter["calls"],
     }
 
 
@@ -171,19 +187,20 @@ def best_batch_size(sweep: Sweep, sizes: Iterable[int]) -> int:
 
 
 @torch.no_grad()
-def limit(sweep: Sweep, n_evaluations: int, batch_size: int, n_at_once: int) -> None:
-    """The least that any sweep has to do: evaluate the U-Net as often, encode as many prompts, score as many rows.
+def limit(sweep: Sweep, n_evaluations: int, n_rows: int, batch_size: int, n_at_once: int) -> None:
+    """The least that a sweep like `traced` has to do: evaluate the U-Net, encode prompts, and score rows, as often.
 
     Args:
         sweep: the sweep.
         n_evaluations: rows that the U-Net evaluates, each once at one step.
+        n_rows: rows that are encoded and scored.
         batch_size: of the U-Net alone.
         n_at_once: rows of one text encoding, decoding and scoring.
     """
     _evaluate_unet(sweep, n_evaluations, batch_size)
     family = family_of(sweep.pipe)
     latents = torch.zeros(1, *family.latent_shape(sweep.pipe))
-    for size in _split(n_evaluations // (2 * sweep.sampling.num_inference_steps), n_at_once):
+    for size in _split(n_rows, n_at_once):
         family.encode(sweep.pipe, [sweep.case.prompt] * size)
         score(sweep, latents.expand(size, -1, -1, -1))
 
@@ -199,10 +216,6 @@ def _trace(sweep: Sweep):
         batch_size=sweep.batch_size,
         progress=False,
     )
-
-
-def _experiment(sweep: Sweep, site: Site) -> tuple:
-    return sweep.pipe, sweep.case, 0, [Intervention((site,))], sweep.sampling
 
 
 def _evaluate_unet(sweep: Sweep, n_rows: int, batch_size: int) -> None:

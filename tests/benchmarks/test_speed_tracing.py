@@ -25,12 +25,15 @@ def test_triples_give_the_map_that_tracing_gives(sweep):
 
 
 def test_evaluations_are_counted(sweep):
-    """Five sites and the sham, three at a time: two chunks of 3 + 2 rows, in two halves, at two steps."""
+    """Five sites and the sham, three at a time: two chunks of 3 + 2 rows, in two halves, at two steps.
+
+    At the first of these, the five sites' rows share the unconditional half of their sham.
+    """
     assert len(sweep.sites) == 5
     assert sweeps.count_evaluations(sweep) == {
         "rows": 10,
         "rows_at_most": 5 + 2 * 2 + 3,
-        "evaluations": 40,
+        "evaluations": 40 - 5,
         "evaluations_at_most": 48,
         "chunk": 3,
         "rows_per_call": 5,
@@ -40,7 +43,7 @@ def test_evaluations_are_counted(sweep):
 @pytest.mark.parametrize(("n_evaluations", "batch_size", "n_calls"), [(40, 16, 3), (40, 40, 1), (8, 3, 3)])
 def test_the_limit_evaluates_as_often(sweep, n_evaluations, batch_size, n_calls):
     with sweeps.counting(sweep.pipe) as counter:
-        sweeps.limit(sweep, n_evaluations, batch_size, n_at_once=5)
+        sweeps.limit(sweep, n_evaluations, n_rows=10, batch_size=batch_size, n_at_once=5)
     assert counter == {"rows": n_evaluations, "calls": n_calls}
 
 

@@ -72,11 +72,12 @@ def test_branches_change_their_own_half(tiny_pipe, branch, halves):
     behind = tiny_pipe.unet.mid_block.attentions[0]
     handle = behind.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     try:
-        sample_rows(tiny_pipe, CASE, 0, [Intervention((site,))], Sampling(2, 4.0, branch))
+        sample_rows(tiny_pipe, CASE, 0, [Intervention((site,))], Sampling(3, 4.0, branch))
     finally:
         handle.remove()
-    # In the second step latents differ, so the unconditional half too has something to restore.
-    rows = inputs[1]  # clean, sham, restored: unconditional, then conditional
+    # The clean run's latents differ from the second step on, so that the unconditional half too has something to
+    # restore, and all rows' in the third.
+    rows = inputs[2]  # clean, sham, restored: unconditional, then conditional
     assert tuple(torch.equal(rows[offset + 2], rows[offset + CLEAN]) for offset in (0, 3)) == halves
 
 

@@ -1,4 +1,4 @@
-"""Rows that wait for their window: the same maps, for fewer evaluations of the denoiser."""
+"""Rows that are still another run: the same maps, for fewer evaluations of the denoiser."""
 
 import diffusers
 import pytest
@@ -92,19 +92,35 @@ def test_the_denoiser_computes_the_controls_and_what_was_changed_so_far(tiny_pip
     _, n_rows = traced(tiny_pipe)
     steps_to_the_end = [sum(step / N_STEPS >= start for step in range(N_STEPS)) for start, _ in WINDOWS]
     assert steps_to_the_end == [4, 3, 2, 1]
-    assert n_rows == 3 * N_STEPS + len(SITES) * sum(steps_to_the_end)
+    n_shared_halves = len(SITES) * len(WINDOWS)  # in the first step of each
+    assert n_rows == 3 * N_STEPS + len(SITES) * sum(steps_to_the_end) - n_shared_halves / 2
+
+
+@pytest.mark.parametrize(
+    ("branch", "network", "n_shared"),
+    [("cond", "unet", 3), ("cond", "text_encoder", 3), ("uncond", "unet", 3), ("both", "unet", 0)],
+)
+def test_the_first_step_computes_the_half_that_is_not_changed_for_the_controls_alone(
+    tiny_pipe, monkeypatch, branch, network, n_shared
+):
+    options = {"sites": mediation.sites(tiny_pipe, network=network)[-3:], "windows": None, "branch": branch}
+    shared, n_rows = traced(tiny_pipe, num_inference_steps=1, **options)
+    without_waiting(monkeypatch)
+    apart, n_apart = traced(tiny_pipe, num_inference_steps=1, **options)
+    assert n_apart - n_rows == n_shared / 2
+    assert largest_difference(shared, apart) < 1e-4 * float(mediation.total_effect(apart).squeeze())
 
 
 @pytest.mark.parametrize(
     ("windows", "n_expected", "n_without"),
-    [("each", 132, 216), ([(0.0, 0.5), (0.5, 1.0)], 60, 72)],
+    [("each", 240, 432), ([(0.0, 0.5), (0.5, 1.0)], 114, 144), (None, 93, 96)],
 )
 def test_the_gain_that_the_guide_states(tiny_pipe, monkeypatch, windows, n_expected, n_without):
     """Three sites and eight steps, of which a row with a window of one step takes 4.5 on average, for 8."""
     options = {"windows": windows, "num_inference_steps": 8}
-    assert traced(tiny_pipe, **options)[1] == n_expected
+    assert 2 * traced(tiny_pipe, **options)[1] == n_expected
     without_waiting(monkeypatch)
-    assert traced(tiny_pipe, **options)[1] == n_without
+    assert 2 * traced(tiny_pipe, **options)[1] == n_without
 
 
 def test_a_window_without_a_step_is_no_measurement(tiny_pipe):
@@ -118,7 +134,7 @@ def test_rows_that_the_scheduler_sets_apart_are_computed(pipe, monkeypatch):
     shared, n_shared = traced(pipe)
     without_waiting(monkeypatch)
     apart, n_apart = traced(pipe)
-    n_waiting_at_first = sum(start > 0 for start, _ in WINDOWS) * len(SITES)
+    n_waiting_at_first = sum(1 if start > 0 else 0.5 for start, _ in WINDOWS) * len(SITES)
     assert n_shared == n_apart - n_waiting_at_first  # all start from the same latents
     assert largest_difference(shared, apart) < 1e-9 * float(mediation.total_effect(apart).squeeze())
 
