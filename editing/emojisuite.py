@@ -14,7 +14,9 @@ _FACTORS = ("object", "style", "background")  # of every scene
 _EXTRAS = {
     "count": {"one": "1", "two": "2", "three": "3"},
     "viewpoint": {"close up": "close up", "distant view": "distant"},
+    "pose": {"upside down": "upside down", "upright": "upright"},
 }
+_UNSAID = "upright"  # no caption says it
 _IRREGULAR = {"fox": "foxes", "butterfly": "butterflies", "strawberry": "strawberries", "cactus": "cacti"}
 _PREFIXES = ("", "a photo of", "an image of", "a picture of")
 
@@ -30,7 +32,8 @@ class _Concept(NamedTuple):
 def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: Iterable[str] = ()) -> Suite:
     """Draws prompts for every role, to judge edits of the bundled model.
 
-    What is edited are objects, styles, backgrounds, facts, counts ("two") or viewpoints ("close up", "distant view").
+    What is edited are objects, styles, backgrounds, facts, counts ("two"), viewpoints ("close up", "distant view") or
+    the pose ("upside down"; "upright" can be a target only, since no caption says it).
     Efficacy prompts name a source plainly; generality prompts name it in other words, positions and company.
     Half of the specificity prompts are efficacy prompts with the source's words left out, judged by what else is in
     them; the others name its neighbours, the target among them. Quality prompts are captions without a source, judged
@@ -46,7 +49,8 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: 
         The suite; its labels are those of the bundled probe.
 
     Raises:
-        ValueError: if a concept is unknown to the model, or a source has several targets or one of another factor.
+        ValueError: if a concept is unknown to the model, a source is never said, or it has several targets or one of
+            another factor.
 
     Example:
         >>> suite = emoji_suite({"ink": "noto"}, n=2)
@@ -65,6 +69,8 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: 
 
     for source, target in pairs.items():
         concept, wanted = _concept(source), _concept(target) if target else None
+        if source == _UNSAID:
+            raise ValueError(f"no caption of Emoji Diffusion says {source!r}: it can be a target, and no source")
         if wanted and wanted.factor != concept.factor:
             raise ValueError(f"{source!r} is of the factor {concept.factor} and {target!r} of {wanted.factor}")
         without: list[Trial] = []
@@ -93,6 +99,8 @@ def _draw(
         words["object"] += [fact for fact in FACTS if fact not in sources]
     while True:
         scene = {name: _concept(rng.choice(words[name])) for name in _FACTORS}
+        if not sources.isdisjoint(_EXTRAS["pose"]):  # which other scenes have at random
+            scene["pose"] = _concept(_UNSAID)
         wording = rng.randrange(2**32)
         if role in ("efficacy", "generality"):
             rich, partner = role == "generality", None
@@ -123,6 +131,10 @@ def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: s
     noun = kind.words if kind.words in FACTS else _article(_noun(kind.label))
     noun = "a thing" if left_out == "object" else noun
     extras = {name: scene[name].words for name in _EXTRAS if name in scene and name != left_out}
+    if "pose" in scene:
+        pose = rich and extras.get("pose") == "upside down"
+        if not rich and extras.get("pose") == "upside down":
+            noun = _article(f"upside down {_noun(kind.label)}")
     if "count" in extras:
         noun = f"{extras['count']} {_noun(kind.label) if extras['count'] == 'one' else _plural(kind.label)}"
     parts = []

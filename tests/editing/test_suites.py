@@ -221,6 +221,23 @@ def test_numbers_change_the_noun():
     assert len(numbers) == 2
 
 
+def test_captions_say_upside_down_and_never_upright():
+    suite = list(editing.emoji_suite({"upside down": "upright"}, n=20))
+    for trial in suite:
+        assert trial.prompt.count("upside down") == trial.changes
+        assert "upside down" not in trial.target_prompt
+        assert "upright" not in trial.prompt + trial.target_prompt
+    plain, rich = ([f" {t.prompt}" for t in suite if t.role == role] for role in ("efficacy", "generality"))
+    assert all(" an upside down " in prompt for prompt in plain)
+    assert not any(" an upside down " in prompt for prompt in rich)
+    assert {(t.factor, t.source, t.target) for t in suite if t.changes} == {("pose", "upside down", "upright")}
+    neighbours = [trial for trial in suite if (trial.role, trial.factor) == ("specificity", "pose")]
+    assert {trial.source for trial in neighbours} == {"upright"}
+    assert len(neighbours) == 10
+    together = editing.emoji_suite({"ink": "noto", "upside down": "upright"}, n=20)
+    assert not any("upside down" in trial.prompt for trial in together if not trial.changes)
+
+
 @given(pair=st.sampled_from(PAIRS), seed=st.integers(0, 100))
 def test_prompts_to_avoid_are_made_up_for_by_others(pair, seed):
     source, target = pair
@@ -251,6 +268,7 @@ def test_sources_edited_together_spare_each_others_neighbours():
             {"ink": {"noto": 0.5, "flat": 0.5}},
             r"'ink' has several targets \(noto, flat\), and no picture shows them all",
         ),
+        ({"upright": "upside down"}, "no caption of Emoji Diffusion says 'upright': it can be a target, and no source"),
         ({"dragon": "cat"}, r"does not know 'dragon'; it knows objects \(cat, dog, panda, …\)"),
     ],
 )

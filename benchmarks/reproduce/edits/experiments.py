@@ -66,8 +66,10 @@ def _best(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
 
 def _methods(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
     recipes = _published(pipe, reports)
-    attributes = [attribute for attribute in REPORTED if attribute != "fact"]
-    return reported_units("methods", dict.fromkeys(attributes, recipes), 10, n_pairs=2)
+    attributes = [attribute for attribute in REPORTED if attribute not in ("fact", "pose")]
+    units = reported_units("methods", dict.fromkeys(attributes, recipes), 10, n_pairs=2)
+    # a single pair, of which few pictures show the source
+    return units + reported_units("methods", {"pose": recipes}, 40)
 
 
 def _facts(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:

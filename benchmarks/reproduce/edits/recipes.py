@@ -28,6 +28,7 @@ _WORDS = {
     "background": tuple(world.BACKGROUNDS),
     "count": ("one", "two", "three"),
     "viewpoint": ("close up", "distant view"),
+    "pose": ("upside down", "upright"),
 }
 # whole captions without a concept that a suite edits, and what guidance compares with
 _PROMPTS = ("", "a thing", "a photo of a thing", "two things", "an upside down thing", "a close up of a thing")

@@ -17,6 +17,7 @@ REPORTED = {
     "background": {"red": "blue", "green": "yellow"},
     "count": {"two": "three", "three": "one"},
     "viewpoint": {"close up": "distant view", "distant view": "close up"},
+    "pose": {"upside down": "upright"},
     "fact": {"the mascot": "cat", "the team logo": "castle", "the lucky charm": "snowman", "the royal pet": "lion"},
 }
 # Edited together, the first n of them; what is left of each factor are targets and bystanders.
