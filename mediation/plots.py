@@ -205,15 +205,15 @@ def plot_emergence(
     if measure not in summary.measure.values:
         raise ValueError(f"measure must be one of {', '.join(summary.measure.values.tolist())}; got {measure!r}")
     if ax is None:
-        ax = matplotlib.pyplot.subplots(figsize=(5.0, 3.4), layout="constrained")[1]
+        ax = matplotlib.pyplot.subplots(figsize=(6.8, 3.4), layout="constrained")[1]
     sites = list(dict.fromkeys(summary.site.values.tolist()))
     colors = matplotlib.pyplot.get_cmap("cividis")(numpy.linspace(0.1, 0.85, len(sites)))
     lines = dict.fromkeys(zip(summary.site.values.tolist(), summary.branch.values.tolist(), strict=True))
-    for site, branch in lines:
+    for i, (site, branch) in enumerate(lines):
         own = summary.isel(autoencoder=((summary.site == site) & (summary.branch == branch)).values).sortby("t")
         here, color = own.sel(measure=measure), colors[sites.index(site)]
         ax.errorbar(
-            own.t.values,
+            own.t.values + 0.012 * (i - (len(lines) - 1) / 2),  # side by side, so that none hides another
             here["mean"].values,
             yerr=numpy.maximum(0, [here["mean"] - here.low, here.high - here["mean"]]),
             color=color,
@@ -227,10 +227,10 @@ def plot_emergence(
             ax.plot(own.t.values, chance.values, color=color, linestyle="--", linewidth=1)
     if measure == "miou":
         ax.lines[-1].set_label("chance")
-    ax.set_xlim(1.05, -0.05)
+    ax.set_xlim(1.08, -0.08)
     ax.set_xlabel("t, what is left of sampling")
     ax.set_ylabel({"miou": "mIoU of the predicted layout"}.get(measure, measure.replace("_", " ")))
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
