@@ -158,6 +158,20 @@ def announced(module: nn.Module, receive: Callable[..., None]) -> Iterator[None]
         handle.remove()
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, has forward hooks of whomever.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with hooked([(layer, torch.neg)]):
+        ...     is_hooked(nn.Sequential(layer))
+        True
+        >>> is_hooked(nn.Sequential(layer))
+        False
+    """
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def watched(tensor: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """The same tensor; its gradient is passed to `receive` on the way back, and the hook goes with the graph.
 

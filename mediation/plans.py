@@ -141,9 +141,9 @@ def make_plan(
         getattr(found, "check", lambda cases: None)(cases)
     _check_names(metrics)
     if batch_size is None:
-        # as much activation memory as 32 rows of 32×32 latents, within reason
+        # as much activation memory as 16 rows of 64×64 latents, within reason
         _, height, width = family.latent_shape(pipe)
-        batch_size = max(4, min(64, 32 * 32 * 32 // (height * width)))
+        batch_size = max(4, min(64, 16 * 64 * 64 // (height * width)))
     if batch_size <= N_CONTROLS:
         raise ValueError(f"batch_size counts the clean and the sham row too: it must be at least 3, got {batch_size}")
     return Plan(

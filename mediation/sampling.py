@@ -18,7 +18,7 @@ from mediation.hooks import represented
 from mediation.interventions import Copy
 from mediation.pipelines import family_of, quiet
 from mediation.rows import N_CONTROLS, Intervention, Target, intervening
-from mediation.waiting import Waiting
+from mediation.waiting import Waiting, treats_rows_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def sample_rows(
     """Samples the clean row, the corrupted row, and one row per intervention.
 
     The denoiser computes a row from the step on in which it is first changed; until then it is the run it starts as. In
-    that step it still shares the half that is not changed.
+    that step it still shares the half that is not changed, unless hooks of others are there to see unequal halves.
 
     Args:
         pipe: the pipeline.
@@ -87,8 +87,9 @@ def sample_rows(
     n_rows = N_CONTROLS + len(rows)
     conditioning = encode_rows(pipe, case, draw, rows)
     progress = progress or Progress(pipe)
-    changed = sampling.changed_halves(family.guidance_halves)
-    waiting = Waiting(rows, family.denoiser, sampling.present_halves(family.guidance_halves), changed)
+    denoiser = getattr(pipe, family.denoiser)
+    halves, changed = (find(family.guidance_halves) for find in (sampling.present_halves, sampling.changed_halves))
+    waiting = Waiting(rows, family.denoiser, halves, changed, equal_halves=not treats_rows_alike(denoiser))
 
     def copies(target: Target, features: slice) -> list[Copy]:
         if not target.intervention.covers(progress.fraction):
@@ -99,7 +100,7 @@ def sample_rows(
     def stand_ins(latents: torch.Tensor) -> list[int]:
         return waiting.stand_ins(latents, progress.fraction)
 
-    with represented(getattr(pipe, family.denoiser), stand_ins), intervening(pipe, rows, [family.denoiser], copies):
+    with represented(denoiser, stand_ins), intervening(pipe, rows, [family.denoiser], copies):
         latents = starting_latents(pipe, case, n_rows)
         return denoise(pipe, case, conditioning, latents, sampling, on_step_end=progress.advance)
 

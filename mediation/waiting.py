@@ -3,7 +3,9 @@
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import nn
 
+from mediation.hooks import is_hooked
 from mediation.rows import N_CONTROLS, Intervention
 
 
@@ -20,10 +22,20 @@ class Waiting:
         denoiser: the name of the network.
         halves: names of the halves of its batch, in their order.
         changed: which of these are changed, by their place.
+        equal_halves: whether a row waits in all halves or in none.
     """
 
-    def __init__(self, rows: Sequence[Intervention], denoiser: str, halves: Sequence[str], changed: Collection[int]):
+    def __init__(
+        self,
+        rows: Sequence[Intervention],
+        denoiser: str,
+        halves: Sequence[str],
+        changed: Collection[int],
+        *,
+        equal_halves: bool,
+    ):
         self._rows, self._denoiser, self._halves, self._changed = rows, denoiser, halves, changed
+        self._equal_halves = equal_halves
         self._computed: list[int] = []
 
     def stand_ins(self, latents: torch.Tensor, fraction: float) -> list[int]:
@@ -33,14 +45,15 @@ class Waiting:
             latents: (half and row, channel, height, width); the halves of guidance hold the same latents.
             fraction: of sampling, as of `Intervention.covers`.
         """
-        chosen = []
-        for half in range(len(self._halves)):
-            start = self._start(half)
-            chosen += range(start, start + N_CONTROLS)
-            for row, intervention in enumerate(self._rows, start=start + N_CONTROLS):
-                sham = start + intervention.sham
-                waits = self._may_wait(half, intervention, fraction) and torch.equal(latents[row], latents[sham])
-                chosen.append(sham if waits else row)
+        halves = range(len(self._halves))
+        chosen = list(range(self._start(len(halves))))
+        for row, intervention in enumerate(self._rows, start=N_CONTROLS):
+            waits = [self._may_wait(half, intervention, fraction) for half in halves]
+            if self._equal_halves:
+                waits = [all(waits)] * len(halves)
+            if any(waits) and torch.equal(latents[row], latents[intervention.sham]):
+                for half in halves:
+                    chosen[self._start(half) + row] = self._start(half) + (intervention.sham if waits[half] else row)
         self._computed = sorted(set(chosen))
         return chosen
 
@@ -57,3 +70,10 @@ class Waiting:
         own_text = self._halves[half] == "cond" and networks != {self._denoiser}
         # a row without sites may be changed by other means, and by its number
         return bool(networks) and not is_changed and not own_text
+
+
+def treats_rows_alike(denoiser: nn.Module) -> bool:
+    """Whether nothing but its own code runs in a denoiser: what others added may take a batch for two equal halves."""
+    processors = (getattr(module, "processor", None) for module in denoiser.modules())
+    own = all(type(one).__module__.startswith("diffusers.") for one in processors if one is not None)
+    return own and not is_hooked(denoiser)

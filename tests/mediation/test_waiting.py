@@ -1,8 +1,12 @@
 """Rows that are still another run: the same maps, for fewer evaluations of the denoiser."""
 
+import contextlib
+from unittest import mock
+
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 import mediation
 from benchmarks.speed.sweeps import counting
@@ -11,7 +15,7 @@ from mediation.rows import CLEAN, CORRUPTED, Intervention
 from mediation.sampling import Sampling, sample_rows
 from mediation.waiting import Waiting
 from tests import tiny
-from tests.runs import CASE, SAMPLING, double, rms
+from tests.runs import CASE, SAMPLING, alone, double, rms
 
 SITES = ["unet.mid.0.resnet", "unet.down.1.0.self_attention", "unet.up.2.1.cross_attention"]
 N_STEPS = 4
@@ -164,3 +168,35 @@ def test_a_late_row_is_the_row_that_is_computed_alone(pipe, monkeypatch, branch,
         effect = rms(alone[2], alone[CORRUPTED])
         assert effect > 1e-8  # of latents of order one: a late change of random weights does little
         assert rms(shared[row], alone[2]) < 1e-6 * effect
+
+
+def _negated_condition(output):
+    """What takes the batch for two equal halves, and sets them apart."""
+    uncond, cond = output.chunk(2)
+    return torch.cat([uncond, -cond])
+
+
+class HalvedProcessor(AttnProcessor):
+    """An attention processor that does."""
+
+    def __call__(self, *arguments, **options):
+        return _negated_condition(super().__call__(*arguments, **options))
+
+
+@pytest.mark.parametrize("kind", ["hook", "processor"])
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_what_others_added_sees_equal_halves(tiny_pipe, kind, n_rows):
+    """Not only does every row fit: a user's change of the conditional half alone changes no other rows."""
+    attention = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    with contextlib.ExitStack() as stack:
+        if kind == "hook":
+            hook = attention.register_forward_hook(lambda module, arguments, output: _negated_condition(output))
+            stack.callback(hook.remove)
+        else:
+            stack.enter_context(mock.patch.object(attention, "processor", HalvedProcessor()))
+        alone_changed = alone(tiny_pipe, CASE.prompt)
+        rows = [Intervention((site,)) for site in mediation.sites(tiny_pipe, network="unet")[:n_rows]]
+        latents = sample_rows(tiny_pipe, CASE, 0, rows, SAMPLING)
+    effect = rms(alone(tiny_pipe, CASE.prompt), alone_changed)
+    assert effect > 1e-2
+    assert rms(latents[CLEAN], alone_changed[0]) < 1e-3 * effect
