@@ -181,11 +181,13 @@ def plot_images(
 def plot_emergence(
     found: xarray.Dataset, measure: str = "miou", ax: matplotlib.axes.Axes | None = None
 ) -> matplotlib.axes.Axes:
-    """Draws a measure of emergence over sampling: a line with 95% intervals for each site and branch, chance dashed.
+    """Draws a measure of emergence over sampling: a line with 95% intervals for each site and branch.
+
+    Beside the mIoU stand its controls: another picture's latents, dashed, and a constant layout, dotted.
 
     Args:
         found: from `mediation.emergence`.
-        measure: as of `mediation.summarize_emergence`; the mIoU is drawn beside what chance gives.
+        measure: as of `mediation.summarize_emergence`.
         ax: where to draw; None makes a new figure.
 
     Returns:
@@ -198,7 +200,7 @@ def plot_emergence(
         >>> from mediation.autoencoders.layouts import _example
         >>> ax = plot_emergence(_example())
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['chance', 'unet.mid.0, cond']
+        ["another picture's latents", 'constant layout', 'unet.mid.0, cond']
         >>> matplotlib.pyplot.close(ax.figure)
     """
     summary = summarize_emergence(found)
@@ -226,7 +228,9 @@ def plot_emergence(
             chance = own["mean"].sel(measure="chance_miou")
             ax.plot(own.t.values, chance.values, color=color, linestyle="--", linewidth=1)
     if measure == "miou":
-        ax.lines[-1].set_label("chance")
+        ax.lines[-1].set_label("another picture's latents")
+        constant = summary["mean"].sel(measure="constant_miou").groupby("t").mean()
+        ax.plot(constant.t.values, constant.values, color="black", linestyle=":", linewidth=1, label="constant layout")
     ax.set_xlim(1.08, -0.08)
     ax.set_xlabel("t, what is left of sampling")
     ax.set_ylabel({"miou": "mIoU of the predicted layout"}.get(measure, measure.replace("_", " ")))

@@ -12,7 +12,9 @@ import numpy
 N_RESAMPLES = 10_000
 
 
-def ratio_intervals(values: numpy.ndarray, total: numpy.ndarray, confidence: float) -> numpy.ndarray:
+def ratio_intervals(
+    values: numpy.ndarray, total: numpy.ndarray, confidence: float, *, least_error: float = 0.0
+) -> numpy.ndarray:
     """Ratios of means over cases with intervals that all hold together.
 
     For the ratio r of the means of x and t, the standard error is that of the mean of (x − r t) / mean(t). With
@@ -22,6 +24,8 @@ def ratio_intervals(values: numpy.ndarray, total: numpy.ndarray, confidence: flo
         values: x, (case, place); NaN where a case does not have the place.
         total: t, (case,); NaN where a case does not count. Ones, for means of x.
         confidence: that all intervals cover.
+        least_error: below which no standard error counts as known. Of rare events, many resamples have none, and their
+            standard error of 0 would make every interval infinite.
 
     Returns:
         Ratio, low and high, (3, place). Intervals are NaN where fewer than two cases have the place, and infinite where
@@ -37,6 +41,7 @@ def ratio_intervals(values: numpy.ndarray, total: numpy.ndarray, confidence: flo
     t = numpy.where(measured, total[:, None], 0)
     ratio, error = (one[0] for one in _ratios(numpy.ones((1, len(values))), x, t, measured))
     resampled, errors = _ratios(_draws(len(values)), x, t, measured)
+    error, errors = (numpy.where(one < least_error, least_error, one) for one in (error, errors))
     enough = measured.sum(0) > 1
     with numpy.errstate(divide="ignore", invalid="ignore"):
         # 0 / 0: a resample of equal cases deviates by nothing, or has none of the cases with this place

@@ -1,5 +1,6 @@
 """Emergence: what latents explain, and how much of the finished composition they show, by place and step."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def emergence(
     the picture has. The mIoU of a picture is the mean over its labels of |predicted ∩ mask| / |predicted ∪ mask|.
 
     Which labels a picture has is given; where they are is predicted. Pictures have habits, as objects in the middle, so
-    there is a control: the same with the latents of the picture before.
+    there are two controls: the same with the latents of the picture before; and a constant layout, where each pixel
+    takes the label that it has most often in the other pictures with that label. The masks of all pictures are kept.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -58,8 +60,9 @@ def emergence(
 
     Returns:
         A Dataset by (autoencoder, case), where a case is a picture: residual, Σ||x − x̂||², and variance,
-        Σ||x − mean||²; miou and chance_miou, NaN for pictures without a label that the dictionary has. Coordinates on
-        autoencoder: site, t (the first of its steps), branch. Means and intervals: `mediation.summarize_emergence`.
+        Σ||x − mean||²; miou, chance_miou and constant_miou, NaN for pictures without a label that the dictionary has.
+        Coordinates on autoencoder: site, t (the first of its steps), branch. Means and intervals:
+        `mediation.summarize_emergence`.
 
     Raises:
         KeyError, TypeError, ValueError: before any work, if an argument does not fit the pipeline or another.
@@ -105,12 +108,15 @@ def emergence(
             masks += [_partition(label_masks(labeller, image)) for image in found.images]
             bar.update(len(found.prompts))
     n = len(prompts)
-    values = {name: numpy.full((len(saes), n), numpy.nan) for name in ("residual", "variance", "miou", "chance_miou")}
+    names, habits = ("residual", "variance", "miou", "chance_miou", "constant_miou"), _Habits(masks)
+    values = {name: numpy.full((len(saes), n), numpy.nan) for name in names}
     for i in range(len(saes)):
         values["residual"][i], values["variance"][i] = sums[i].totals()
         for j in range(n):
             values["miou"][i, j] = composition_iou(scores[i][j], labels[i], masks[j])
             values["chance_miou"][i, j] = composition_iou(scores[i][j - 1], labels[i], masks[j])
+            known = {label: mask for label, mask in masks[j].items() if label in labels[i]}
+            values["constant_miou"][i, j] = composition_iou(habits.without(j), list(masks[j]), known)
     places = [sae.place for sae in saes]
     return xarray.Dataset(
         {name: (("autoencoder", "case"), array) for name, array in values.items()},
@@ -145,14 +151,16 @@ def summarize_emergence(
         seed: of the resampling.
 
     Returns:
-        A Dataset by (autoencoder, measure): mean, low, high. Measures are explained_variance, miou, chance_miou and
-        gain, the difference of the last two, picture by picture.
+        A Dataset by (autoencoder, measure): mean, low, high. Measures are explained_variance; miou, chance_miou and
+        constant_miou; and gain and gain_over_constant, by which the first exceeds the other two, picture by picture.
     """
     check_interval(confidence, method)
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
     missed, low, high = mean_interval(found.residual, found.variance, **options)
     rows = {"explained_variance": (1 - missed, 1 - high, 1 - low)}
-    quantities = {"miou": found.miou, "chance_miou": found.chance_miou, "gain": found.miou - found.chance_miou}
+    quantities = {name: found[name] for name in ("miou", "chance_miou", "constant_miou")}
+    quantities["gain"] = found.miou - found.chance_miou
+    quantities["gain_over_constant"] = found.miou - found.constant_miou
     for name, values in quantities.items():
         rows[name] = mean_interval(values, **options)
     summary = {}
@@ -161,6 +169,25 @@ def summarize_emergence(
         summary[statistic] = (("autoencoder", "measure"), columns)
     found = xarray.Dataset(summary, coords=found.autoencoder.coords)
     return found.assign_coords(measure=list(rows)).assign_attrs(options)
+
+
+class _Habits:
+    """Where pictures have their labels, on average."""
+
+    def __init__(self, masks: Sequence[dict[str, torch.Tensor]]):
+        self._masks = masks
+        self._sums: dict[str, torch.Tensor] = {}
+        self._n: collections.Counter[str] = collections.Counter()
+        for picture in masks:
+            for label, mask in picture.items():
+                self._sums[label] = self._sums.get(label, 0.0) + mask.float()
+                self._n[label] += 1
+
+    def without(self, number: int) -> torch.Tensor:
+        """By label of a picture, the share of all others with that label that have it at a pixel, (label, y, x)."""
+        picture = self._masks[number].items()
+        shares = [(self._sums[label] - mask.float()) / max(1, self._n[label] - 1) for label, mask in picture]
+        return torch.stack(shares) if shares else torch.zeros(0, 1, 1)
 
 
 class _Sums:
@@ -206,7 +233,7 @@ def _check_unseen(dictionary: xarray.Dataset, prompts: Sequence[str], seeds: Seq
 
 def _example() -> xarray.Dataset:
     """What `emergence` returns, in small, for examples: an autoencoder at three steps, watched over two pictures."""
-    values = {"residual": 1.0, "variance": 2.0, "miou": 0.6, "chance_miou": 0.4}
+    values = {"residual": 1.0, "variance": 2.0, "miou": 0.6, "chance_miou": 0.4, "constant_miou": 0.5}
     return xarray.Dataset(
         {name: (("autoencoder", "case"), numpy.full((3, 2), value)) for name, value in values.items()},
         coords={

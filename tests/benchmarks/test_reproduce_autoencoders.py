@@ -13,7 +13,7 @@ import xarray
 import mediation
 from benchmarks.reproduce import autoencoders
 from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from benchmarks.reproduce.saes import trials, verdicts
+from benchmarks.reproduce.saes import preparing, trials, verdicts
 from benchmarks.reproduce.saes.preparing import BLOCKS, STAGES, Settings, places
 from benchmarks.reproduce.simultaneous import ratio_intervals
 from mediation import SparseAutoencoder
@@ -38,13 +38,17 @@ def records(success):
     return found
 
 
-def layouts(miou):
+CONTROLS = ("chance_miou", "constant_miou")
+
+
+def layouts(miou, control=(0.3, 0.3)):
     rng = numpy.random.default_rng(1)
     keys = list(places(BLOCKS))
     values = miou + 0.05 * rng.normal(size=(len(keys), 80))
     blocks, stages, branches = zip(*keys, strict=True)
+    controls = {name: (("autoencoder", "case"), values * 0 + one) for name, one in zip(CONTROLS, control, strict=True)}
     return xarray.Dataset(
-        {"miou": (("autoencoder", "case"), values), "chance_miou": (("autoencoder", "case"), values * 0 + 0.3)},
+        {"miou": (("autoencoder", "case"), values), **controls},
         coords={
             "block": ("autoencoder", list(blocks)),
             "stage": ("autoencoder", list(stages)),
@@ -100,6 +104,23 @@ def test_numbers_without_effect_refute_them():
     assert REPRODUCED not in {found[name] for name in ("composition_early", "composition_settled", "style_middle")}
 
 
+def test_a_prediction_that_a_constant_layout_makes_too_is_none():
+    found = by_name(verdicts.all_claims(layouts(0.6, (0.3, 0.65)), records(as_in_the_paper)))
+    assert found["prediction"] == NOT_REPRODUCED
+
+
+def test_few_pictures_that_differ_leave_intervals_finite():
+    """Many resamples of 132 pictures have none of the one or two that differ."""
+    flips = {n: (numpy.arange(132) < n).astype(float) for n in (0, 1, 2, 30)}
+    found = verdicts.estimates(flips)
+    for n, one in found.items():
+        assert one.mean == pytest.approx(n / 132)
+        assert one.high - one.mean >= numpy.log(20 * len(flips)) / 132
+        assert one.high - one.low < 0.3
+    assert found[0].kind == "negligible"
+    assert found[30].kind == "causal"
+
+
 def test_success_that_random_latents_have_too_is_no_effect():
     def success(experiment, stage, arm):
         return 0.25 if arm == "unsteered" else 0.9
@@ -124,13 +145,14 @@ def test_intervals_of_a_claim_hold_for_all_its_blocks_and_controls_together():
             for one in (found["style", block, "middle"]["success"][arm] for arm in arms)
         ]
     ).T
-    expected = ratio_intervals(differences, numpy.ones(100), 0.95)
+    options = {"confidence": 0.95, "least_error": 0.01}
+    expected = ratio_intervals(differences, numpy.ones(100), **options)
     claims = {claim.name: claim for claim in verdicts.all_claims(layouts(0.6), found)}
     for i, finding in enumerate(claims["style_middle"].findings):
         for j, arm in enumerate(arms):
             one = verdicts.Estimate(*expected[:, 3 * i + j])
             assert f"{one} above {arm}" in finding.reason
-            (alone,) = ratio_intervals(differences[:, [3 * i + j]], numpy.ones(100), 0.95).T
+            (alone,) = ratio_intervals(differences[:, [3 * i + j]], numpy.ones(100), **options).T
             assert alone[2] - alone[1] < one.high - one.low
 
 
@@ -192,20 +214,20 @@ def test_every_stage_has_the_strength_that_is_best_where_steering_works(tmp_path
     def successes(self, sae, dictionary, trial, span, arm, strength):
         asked.append((span, arm, strength))
         works = span == STAGES[stage]
-        lucky = strength == (0.5 if works else 2.0)
+        lucky = strength == (2.0 if works else 8.0)
         return numpy.arange(10) < (9 if lucky else 2)
 
     monkeypatch.setattr(trials.Studio, "successes", successes)
     named = {("mid", one, "cond"): _example() for one in STAGES}
     studio = trials.Studio(None, Settings())
     found = trials.run(studio, dict.fromkeys(named), named, experiment, "mid", tmp_path, "model")
-    assert {one: record["strength"] for one, record in found.items()} == dict.fromkeys(STAGES, 0.5)
+    assert {one: record["strength"] for one, record in found.items()} == dict.fromkeys(STAGES, 2.0)
     assert {one: sum(record["success"]["concept"]) for one, record in found.items()} == {
         one: 9 if one == stage else 2 for one in STAGES
     }
     tuning = [(span, strength) for span, _, strength in asked[: len(trials.STRENGTHS)]]
     assert tuning == [(STAGES[stage], strength) for strength in trials.STRENGTHS]
-    assert {strength for _, _, strength in asked[len(trials.STRENGTHS) :]} == {0.5}
+    assert {strength for _, _, strength in asked[len(trials.STRENGTHS) :]} == {2.0}
     again = trials.run(studio, {}, named, experiment, "mid", tmp_path, "model")
     assert again == found
     with pytest.raises(ValueError, match="other settings"):
@@ -247,7 +269,7 @@ def test_pictures_that_do_not_count_are_counted():
     assert (finding.estimate.mean, finding.control.mean) == (0.25, 0.25)
     assert "100 of 200 pictures have no latent to steer by" in finding.reason
     summary = xarray.Dataset(coords={"autoencoder": []})
-    assert "| quadrant | down | early | 1.0 | 200 | 100 | 0.80 [" in verdicts.tables(summary, found)
+    assert "| quadrant | down | early | 1.0 | 200 | 100 | 0.80 [" in verdicts.tables(summary, {}, found)
     for record in found.values():
         record["success"]["concept"] = [None] * 200
     claims = {claim.name: claim for claim in verdicts.all_claims(layouts(0.6), found)}
@@ -258,12 +280,12 @@ def test_a_strength_is_chosen_by_the_pictures_that_were_steered(tmp_path, monkey
     """Half of the pictures have no latent; with all of them missing, the strongest is taken, and nothing fails."""
 
     def successes(self, sae, dictionary, trial, span, arm, strength):
-        shown = numpy.where(numpy.arange(10) < 5, float(strength == 0.5), numpy.nan)
+        shown = numpy.where(numpy.arange(10) < 5, float(strength == 2.0), numpy.nan)
         return shown if dictionary is known else numpy.full(10, numpy.nan)
 
     monkeypatch.setattr(trials.Studio, "successes", successes)
     known, unknown = _example(), _example()
-    for dictionary, strength in ((known, 0.5), (unknown, 2.0)):
+    for dictionary, strength in ((known, 2.0), (unknown, 8.0)):
         named = {("mid", stage, "cond"): dictionary for stage in STAGES}
         folder = tmp_path / str(strength)
         studio = trials.Studio(None, Settings())
@@ -274,10 +296,44 @@ def test_a_strength_is_chosen_by_the_pictures_that_were_steered(tmp_path, monkey
         assert "NaN" not in (folder / "style.mid.tuning.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("centre", "speck", "expected"),
+    [
+        ((16, 48), None, "top right"),
+        ((32, 32), None, None),
+        ((30, 34), None, None),  # a little off the middle
+        ((32, 32), (60, 2), None),  # a speck in a corner moves nothing
+        ((48, 16), (2, 60), "bottom left"),
+        (None, None, None),
+    ],
+)
+def test_an_object_is_where_most_of_it_is(centre, speck, expected):
+    image = torch.ones(3, 64, 64)
+    for (y, x), radius in ((one, r) for one, r in ((centre, 12), (speck, 2)) if one):
+        image[:, y - radius : y + radius, x - radius : x + radius] = 0
+    found = [target for target in trials.QUADRANTS if trials.shows(image, "quadrant", target)]
+    assert found == ([expected] if expected else [])
+
+
+def test_random_directions_explain_little_and_all_directions_everything():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 32, generator=rng)
+    directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=rng), dim=1)
+    found = [preparing.explained_along(directions, x, k) for k in (1, 4, 16, 32)]
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(1)
+    centred = (x - x.mean(0)).numpy().astype(float)
+    along = ((centred @ directions.numpy().T) ** 2).max(1).sum() / (centred**2).sum()  # of one: its projection
+    positive = numpy.maximum(centred @ directions.numpy().T, 0).max(1)
+    assert found[0] == pytest.approx((positive**2).sum() / (centred**2).sum(), rel=1e-5)
+    assert found[0] <= along
+
+
 def test_strengths_are_chosen_on_other_objects_and_noise():
     for experiment in trials.EXPERIMENTS:
-        tuning, reported = trials.trials(experiment, Settings())
+        tuning, reported = trials.trials(experiment, Settings(draws=2))
         assert not set(tuning.objects) & set(reported.objects)
         seeds = [set(range(trial.seed, trial.first_seed(len(trial.targets)))) for trial in (tuning, reported)]
-        assert [len(one) for one in seeds] == [len(one.objects) * len(one.targets) for one in (tuning, reported)]
+        n_objects = len(tuning.objects), 2 * len(reported.objects)
+        assert [len(one) for one in seeds] == [n * len(tuning.targets) for n in n_objects]
         assert not seeds[0] & seeds[1]

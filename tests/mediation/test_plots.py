@@ -201,7 +201,7 @@ def test_emergence_is_a_line_for_each_site_and_branch_with_chance_dashed():
     keys = [(site, t, branch) for site in ("down", "mid") for t in (0.0, 1.0, 0.5) for branch in ("cond", "uncond")]
     sites, steps, branches = zip(*keys, strict=True)
     random = numpy.random.default_rng(0)
-    names = ("residual", "variance", "miou", "chance_miou")
+    names = ("residual", "variance", "miou", "chance_miou", "constant_miou")
     found = xarray.Dataset(
         {name: (("autoencoder", "case"), random.uniform(0.1, 0.9, size=(12, 5))) for name in names},
         coords={

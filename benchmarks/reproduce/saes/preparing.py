@@ -5,7 +5,9 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy
 import torch
+import torch.nn.functional as F
 import xarray
 from diffusers import DiffusionPipeline
 
@@ -24,6 +26,7 @@ BRANCHES = ("cond", "uncond")
 OBJECTS = tuple(name for name in world.OBJECTS if name != "grapes")  # which come in bunches
 # captions that activations, dictionaries, layouts and steering are judged by: none in common but by chance
 Key = tuple[str, str, str]  # block, stage, branch
+_N_HELD_OUT = 2000  # positions
 SEEDS = {"training": 0, "dictionary": 1, "layout": 2, "steering": 3}
 
 
@@ -41,6 +44,7 @@ class Settings:
         watched: pictures whose layout is predicted.
         tuned: objects that are drawn for each target to choose a strength by.
         objects: other objects that are drawn for each target, and reported.
+        draws: pictures of each of these, from noise of their own.
     """
 
     steps: int = 10
@@ -52,6 +56,7 @@ class Settings:
     watched: int = 200
     tuned: int = 6
     objects: int = 12
+    draws: int = 1
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -102,7 +107,7 @@ def autoencoders(
         arrays = mediation.collect_activations(
             pipe,
             captions(settings.images, seed=SEEDS["training"]),
-            folder / f"activations.{'+'.join(blocks)}.zarr",
+            _store(folder, blocks),
             places=list(places(blocks).values()),
             n_images=settings.images,
             **settings.sampling,
@@ -122,6 +127,41 @@ def autoencoders(
             (wanted[key] / "made.json").write_text(told)
         found[key] = mediation.SparseAutoencoder.from_pretrained(wanted[key])
     return found
+
+
+def explained_by_random(blocks: Sequence[str], settings: Settings, folder: pathlib.Path) -> dict[Key, float]:
+    """The variance that random directions explain at each place, as `explained_along` has it, of held-out activations.
+
+    Args:
+        blocks: names of blocks, as of `autoencoders`, which must have run.
+        settings: how much is done.
+        folder: where activations are kept.
+    """
+    arrays, found = mediation.open_activations(_store(folder, blocks)), {}
+    for number, (key, place) in enumerate(places(blocks).items()):
+        held_out = torch.from_numpy(numpy.asarray(arrays[place][-_N_HELD_OUT:], dtype=numpy.float32))
+        n_latents = mediation.SparseAutoencoder.from_pretrained(folder / "autoencoders" / ".".join(key)).n_latents
+        directions = torch.randn(n_latents, held_out.shape[1], generator=torch.Generator().manual_seed(number))
+        found[key] = explained_along(F.normalize(directions, dim=1), held_out, settings.k)
+    return found
+
+
+def explained_along(directions: torch.Tensor, activations: torch.Tensor, k: int) -> float:
+    """The variance that k directions explain at each position: those that are most along it, by least squares.
+
+    Args:
+        directions: (direction, feature), of norm 1.
+        activations: (position, feature).
+        k: directions at each position.
+
+    Example:
+        >>> explained_along(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), k=3)
+        1.0
+    """
+    x = (activations - activations.mean(0)).double()
+    chosen = directions.double()[(x @ directions.double().T).topk(k).indices].mT
+    missed = x - (chosen @ torch.linalg.lstsq(chosen, x[..., None]).solution)[..., 0]
+    return 1 - float(missed.square().sum() / x.square().sum())
 
 
 def dictionaries(
@@ -176,6 +216,10 @@ def layouts(
     )
     blocks, stages, _ = zip(*saes, strict=True)
     return found.assign_coords(block=("autoencoder", list(blocks)), stage=("autoencoder", list(stages)))
+
+
+def _store(folder: pathlib.Path, blocks: Sequence[str]) -> pathlib.Path:
+    return folder / f"activations.{'+'.join(blocks)}.zarr"
 
 
 def _is_made(folder: pathlib.Path, told: str) -> bool:

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import numpy
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import xarray
@@ -32,10 +33,11 @@ from mediation.intervals import nanmean
 
 EXPERIMENTS = ("quadrant", "style", "background")
 ARMS = ("concept", "random latents", "random directions", "unsteered")
-STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # relative to what the block adds, which is less than what it reads
 TUNED_AT = {"quadrant": "early", "style": "middle", "background": "middle"}
 N_LATENTS = 5  # that are steered together
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")  # row by row
+_LEAST_SHARE = 0.4  # of an object in its quadrant: one in the middle has a quarter in each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +46,26 @@ class Trial:
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
-        objects: what is drawn; each is one picture for each target.
+        objects: what is drawn.
         targets: quadrants, styles or backgrounds.
         seed: of the first picture; every picture has noise of its own.
+        draws: pictures of each object for each target.
     """
 
     experiment: str
     objects: tuple[str, ...]
     targets: tuple[str, ...]
     seed: int
+    draws: int = 1
 
     @property
     def prompts(self) -> list[str]:
-        """One prompt per object; nothing is said of what is steered."""
-        return [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in self.objects]
+        """One prompt per picture; nothing is said of what is steered."""
+        return [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in self.objects * self.draws]
 
     def first_seed(self, number: int) -> int:
         """The seed of the first picture of the target with this number."""
-        return self.seed + number * len(self.objects)
+        return self.seed + number * len(self.prompts)
 
     def label(self, target: str) -> str:
         """The label of the dictionary whose latents are steered towards a target."""
@@ -78,7 +82,10 @@ def trials(experiment: str, settings: Settings) -> tuple[Trial, Trial]:
     order = numpy.random.default_rng(SEEDS["steering"]).permutation(OBJECTS).tolist()
     tuned, reported = order[: settings.tuned], order[settings.tuned :][: settings.objects]
     start = 10_000 * SEEDS["steering"]
-    return Trial(experiment, tuple(tuned), targets, start), Trial(experiment, tuple(reported), targets, start + 1000)
+    return (
+        Trial(experiment, tuple(tuned), targets, start),
+        Trial(experiment, tuple(reported), targets, start + 1000, settings.draws),
+    )
 
 
 class Studio:
@@ -89,7 +96,7 @@ class Studio:
         self._unsteered: dict[tuple[tuple[str, ...], int], torch.Tensor] = {}
 
     def draw(self, trial: Trial, number: int) -> torch.Tensor:
-        """The images in [0, 1] of the target with this number, (object, 3, height, width)."""
+        """The images in [0, 1] of the target with this number, (picture, 3, height, width)."""
         options = {"steps": self.settings.steps, "guidance_scale": self.settings.guidance_scale}
         return generate(self._pipe, trial.prompts, seed=trial.first_seed(number), **options)
 
@@ -109,7 +116,7 @@ class Studio:
         arm: str,
         strength: float,
     ) -> numpy.ndarray:
-        """1 where a picture shows its target, by target and object; NaN where there was no latent to steer by."""
+        """1 where a picture shows its target, by target and picture; NaN where there was no latent to steer by."""
         found = []
         for number, target in enumerate(trial.targets):
             if arm == "unsteered":
@@ -117,7 +124,7 @@ class Studio:
             else:
                 used, latents = steered_by(sae, dictionary, trial.label(target), arm, seed=number)
                 if not latents:
-                    found += [numpy.nan] * len(trial.objects)
+                    found += [numpy.nan] * len(trial.prompts)
                     continue
                 region = target if trial.experiment == "quadrant" else None
                 with editing.steer(self._pipe, used, latents, strength=strength, region=region, stage=stage):
@@ -217,12 +224,17 @@ def steered_by(
 
 
 def shows(image: torch.Tensor, experiment: str, target: str) -> bool:
-    """Whether a picture shows the target: most of its object in a quadrant, or what the probe says of it."""
+    """Whether a picture shows the target: its object mainly in a quadrant, or what the probe says of it.
+
+    The object is the largest connected part of what differs from the ground, so that specks elsewhere do not move it.
+    """
     if experiment == "quadrant":
-        shown = torch.from_numpy(foreground(image)).float()
-        shares = F.adaptive_avg_pool2d(shown[None], 2).flatten().tolist()
-        # a tie is no success
-        return shares.count(max(shares)) == 1 and QUADRANTS[shares.index(max(shares))] == target
+        parts, n_parts = scipy.ndimage.label(foreground(image))
+        if not n_parts:
+            return False
+        shown = torch.from_numpy(parts == 1 + numpy.bincount(parts.ravel())[1:].argmax()).float()
+        shares = F.adaptive_avg_pool2d(shown[None], 2).flatten() / shown.mean() / 4
+        return float(shares[QUADRANTS.index(target)]) > _LEAST_SHARE and int(shares.argmax()) == QUADRANTS.index(target)
     probe = bundled.load_probe()
     seen = probe.probabilities(image[None], experiment)[0].argmax()
     return probe.labels(experiment)[int(seen)] == target

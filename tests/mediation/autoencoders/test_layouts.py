@@ -8,7 +8,7 @@ import torch
 import mediation
 from mediation import Place, SparseAutoencoder
 from mediation.autoencoders.dictionary import label_masks
-from mediation.autoencoders.layouts import _Sums
+from mediation.autoencoders.layouts import _Habits, _Sums
 from mediation.autoencoders.observing import observe
 from mediation.autoencoders.prediction import composition_iou
 from mediation.hooks import hooked
@@ -43,6 +43,7 @@ def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
             expected = numpy.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
             assert float(found[name][0, case]) == pytest.approx(expected)
     assert len(numpy.unique(found.miou)) > 1
+    assert found.constant_miou.values.tolist() == [[1.0, 1.0, 1.0]], "these pictures are all laid out alike"
     summary = mediation.summarize_emergence(found)
     explained = 1 - float(found.residual.sum() / found.variance.sum())
     assert float(summary["mean"].sel(measure="explained_variance")[0]) == pytest.approx(explained)
@@ -52,6 +53,16 @@ def test_layouts_are_predicted_by_what_latents_vote_for(tiny_pipe):
         mediation.emergence(
             tiny_pipe, [sae], [dictionary], prompts, lambda image: dict.fromkeys("ab", image[0] > -1), **FAST
         )
+
+
+def test_a_constant_layout_is_that_of_the_other_pictures_with_the_label():
+    """Worked out by hand: the middle pixel is the cat's in one of two others, and the dog in one picture only."""
+    cat = [torch.tensor([one], dtype=torch.bool) for one in ([1, 1, 0], [1, 0, 0], [0, 1, 0])]
+    masks = [{"cat": cat[0], "dog": ~cat[0]}, {"cat": cat[1]}, {"cat": cat[2]}]
+    habits = _Habits(masks)
+    assert habits.without(0).tolist() == [[[0.5, 0.5, 0.0]], [[0.0, 0.0, 0.0]]]
+    assert habits.without(1).tolist() == [[[0.5, 1.0, 0.0]]]
+    assert composition_iou(habits.without(0), ["cat", "dog"], masks[0]) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_a_layout_is_predicted_before_there_is_a_picture(tiny_pipe):
