@@ -9,7 +9,7 @@ All run the same sweep in turns, one case and one draw with every site restored 
   scoring.
 
 emoji is Emoji Diffusion, all sites of its U-Net, with CLIPScore. sd14 has the networks of SD 1.4 with random weights,
-16×16 latents, 12 sites and two steps, with the distance of latents, which needs no decoding. Peak memory is measured on
+16×16 latents, 8 sites and two steps, with the distance of latents, which needs no decoding. Peak memory is measured on
 Emoji Diffusion, in a process of its own for each number of steps and sites.
 
 Run: python -m benchmarks.speed.tracing --output runs/speed/tracing
@@ -48,7 +48,7 @@ class _Size(NamedTuple):
 
 _SIZES = {
     "emoji": _Size(10, None, (2, 4, 8, 16, 32, 64), warms_up=True),
-    "sd14": _Size(2, 12, (2, 4, 8, 16, 32), warms_up=False),
+    "sd14": _Size(2, 8, (2, 4, 8, 16, 32), warms_up=False),
 }
 _MEMORY = ((10, 10), (25, 10), (50, 10), (10, 40))  # steps, sites
 _AIMS = {"triples": "≥ 2.5", "nnsight_per_site": "> 1", "nnsight_cached": "> 1", "limit": "≥ 0.85"}
