@@ -54,7 +54,16 @@ def _bad_controls(effects: xarray.Dataset) -> xarray.DataArray:
 
 
 def _bad_restorations(effects: xarray.Dataset) -> xarray.DataArray:
-    return ~numpy.isnan(effects.sham) & ~numpy.isfinite(effects.restored)
+    return ~numpy.isfinite(effects.restored) & ~never_ran(effects)
+
+
+def never_ran(effects: xarray.Dataset) -> xarray.DataArray:
+    """Places without a token to change, by what the map says of them; one that does not say left the sham out there."""
+    if "absent" in effects:
+        return effects.absent.astype(bool)
+    if "token" in effects.coords:
+        return numpy.isnan(effects.sham)
+    return xarray.zeros_like(effects.restored, bool)
 
 
 def _labels(bad: xarray.DataArray) -> list[str]:

@@ -69,6 +69,14 @@ class Plan:
         shapes = {"clean": whole, "corrupted": whole, "sham": each, "restored": each}
         return {name: numpy.full(shape, numpy.nan) for name, shape in shapes.items()}
 
+    def absent(self, pipe: DiffusionPipeline) -> numpy.ndarray:
+        """Where a case has no token to change, (case, site, token)."""
+        found = numpy.ones((len(self.cases), *self.shape[:2]), bool)
+        for c, case in enumerate(self.cases):
+            for (i, j, _), _ in self.interventions(pipe, case):
+                found[c, i, j] = False
+        return found
+
     def interventions(self, pipe: DiffusionPipeline, case: Case) -> Iterator[tuple[tuple[int, int, int], Intervention]]:
         """Every intervention of a case by its index (site, token, window), but those without a token to change."""
         tokenizers = tokenizers_of(pipe)

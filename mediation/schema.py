@@ -20,6 +20,8 @@ IMAGE_DIMS = {
 }
 # what the exact backend measured of an estimated map, and whether a place was drawn at random for it
 CHECK_DIMS = {"exact": DIMS["restored"], "sampled": ("site", "token", "window")}
+# of maps with tokens: where a case has none to change, so that nothing ran
+ABSENT_DIMS = {"absent": ("case", "site", "token")}
 OPTIONAL = ("token", "latent", "window", "metric")
 _LABELLED = ("site", "image_site", *OPTIONAL)
 

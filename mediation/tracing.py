@@ -19,7 +19,7 @@ from mediation.plans import Plan, make_plan
 from mediation.provenance import provenance
 from mediation.restoration import restoration
 from mediation.sampling import Sampling
-from mediation.schema import CHECK_DIMS, DIMS, IMAGE_DIMS, seed_labels
+from mediation.schema import ABSENT_DIMS, CHECK_DIMS, DIMS, IMAGE_DIMS, seed_labels
 from mediation.sites import Site, group_name, resolve
 from mediation.verification import screened, verified
 from mediation.windows import window_name
@@ -104,6 +104,7 @@ def trace(
         which sites are changed, unchanged. Coordinates on site: network, component, layer, block, path and, if there
         are heads, head (-1 for what is none); sites that are changed together have all their networks and components,
         with "+" between, and the rest of the site in their middle. The attributes hold what is needed to run it again.
+        With `tokens`, absent (case, site, token) says where a case has none to change, so that all is NaN.
         With `images`, also clean_image and corrupted_image (case, draw, y, x, channel), and restored_image (case, draw,
         image_site[, token][, window], y, x, channel), as integers from 0 to 255. Of estimates, the attribute `estimate`
         says of which order they are, sham is the untouched run's value, and with `screen` or `verify`, exact holds what
@@ -153,6 +154,8 @@ def trace(
     if verify is not None:
         values = verified(pipe, plan, values, verify)
         attributes["verify"] = verify
+    if plan.tokens is not None:
+        values = values | {"absent": plan.absent(pipe)}
     effects = label(plan, values)
     effects.attrs = attributes | plan_attributes(pipe, plan)
     warn_of_bad_rows(effects)
@@ -161,7 +164,7 @@ def trace(
 
 def label(plan: Plan, values: dict[str, numpy.ndarray]) -> xarray.Dataset:
     """Names the dimensions of a backend's values and drops those that the plan does not have."""
-    dims = DIMS | IMAGE_DIMS | CHECK_DIMS
+    dims = DIMS | IMAGE_DIMS | CHECK_DIMS | ABSENT_DIMS
     effects = xarray.Dataset({name: (dims[name], array) for name, array in values.items()})
     absent = {"token": plan.tokens is None, "window": plan.windows is None, "metric": not plan.several_metrics}
     effects = effects.isel({dim: 0 for dim, is_absent in absent.items() if is_absent})

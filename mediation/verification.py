@@ -7,6 +7,7 @@ import numpy
 import xarray
 from diffusers import DiffusionPipeline
 
+from mediation.badrows import never_ran
 from mediation.comparison import compare
 from mediation.effects import indirect_effect
 from mediation.intervals import mean_interval, nanmean
@@ -99,12 +100,14 @@ def verification(
     check(effects, one_metric=True)
     if "exact" not in effects or "sampled" not in effects:
         raise ValueError('this map was not verified: trace with backend="attribution_patching" and verify=…')
-    exact = effects.assign(restored=effects.exact, sham=effects.sham.where(effects.exact.notnull()))
+    unmeasured = never_ran(effects) | effects.exact.isnull().all(("case", "draw"))
+    exact = effects.assign(restored=effects.exact, sham=effects.sham.where(effects.exact.notnull()), absent=unmeasured)
     options = {"confidence": confidence, "n_resamples": n_resamples, "method": method, "seed": seed}
     is_drawn = effects.sampled == 1
-    pairs = [
-        found.assign({name: found[name].where(is_drawn) for name in ("sham", "restored")}) for found in (effects, exact)
-    ]
+    pairs = []
+    for found, absent in ((effects, never_ran(effects)), (exact, unmeasured)):
+        drawn = {name: found[name].where(is_drawn) for name in ("sham", "restored")}
+        pairs.append(found.assign(drawn | {"absent": absent | ~is_drawn}))
     ranks = compare(*pairs, k=1, **options).sel(statistic="spearman")
     largest = compare(effects, exact, k=k, **options).sel(statistic="overlap")
     differences = (indirect_effect(pairs[0]) - indirect_effect(pairs[1])).mean("draw")

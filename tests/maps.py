@@ -29,6 +29,8 @@ def make_map(restored, *, sites=SITES, prompts=None, **labels) -> xarray.Dataset
         coords={"case": range(restored.shape[0]), "draw": range(restored.shape[1]), **labels},
         attrs={"metric": "clip_score", "intervention": "restore", "num_inference_steps": 8, "guidance_scale": 7.5},
     )
+    if numpy.isnan(restored).any():
+        effects["absent"] = dims, numpy.isnan(restored)
     names = list(sites)[: restored.shape[2]]
     effects = effects.assign_coords(
         site=names,

@@ -8,6 +8,7 @@ import pytest
 import mediation
 from mediation.badrows import bad_rows, warn_of_bad_rows, without_bad_rows
 from mediation.effects import noise_floor
+from mediation.mapfiles import open_map, save_map
 from tests.maps import SITES, make_map
 from tests.runs import CASE
 
@@ -85,6 +86,47 @@ def test_without_a_control_there_is_nothing_to_average_until_the_case_is_dropped
         assert mediation.top_sites(effects) == []
     dropped = effects.drop_sel(case=[2])
     assert mediation.summarize(dropped, **FAST)["mean"].values.tolist() == [9, 2.5, 1]
+
+
+@pytest.mark.parametrize("tokens", [None, ["subject", "before"]])
+def test_a_whole_chunk_that_is_not_finite_is_not_what_never_ran(tiny_pipe, tokens, tmp_path):
+    """The sham of the chunk is not finite either; the second prompt has no token before its subject."""
+    calls = []
+
+    def metric(images, latents, cases):
+        calls.append(len(latents))
+        values = latents.double().mean((1, 2, 3))
+        return values * numpy.nan if len(calls) == 1 else values
+
+    cases = [mediation.Case("a cat", subject="cat"), mediation.Case("cat", subject="cat")]
+    sites = ["text_encoder.0.mlp", "text_encoder.1.mlp", "text_encoder.2.mlp"]
+    with pytest.warns(UserWarning, match=r"not finite for rows of text_encoder\.0\.mlp \(case 0"):
+        effects = mediation.trace(
+            tiny_pipe, cases, sites=sites, tokens=tokens, metric=metric, batch_size=4, num_inference_steps=1,
+            guidance_scale=1.0, progress=False,
+        )  # fmt: skip
+    save_map(effects, tmp_path / "map.nc")
+    effects = open_map(tmp_path / "map.nc")
+    bad = numpy.isnan(effects.restored.isel(case=0, draw=0)).values
+    assert bad.any()
+    assert bad_rows(effects).any("case").isel(draw=0).values.tolist() == bad.tolist()
+    with pytest.warns(UserWarning, match="case 0"):
+        summary = mediation.summarize(effects, **FAST)
+    assert numpy.isnan(summary["mean"].values[bad]).all()
+    if tokens:
+        rest = summary.n.where(~bad)
+        assert rest.sel(token="subject").dropna("site").values.tolist() == [2, 2]
+        assert rest.sel(token="before").dropna("site").values.tolist() == [1, 1]
+        assert not bad_rows(effects.sel(token="before")).isel(case=1).any()
+
+
+def test_maps_that_do_not_say_what_ran_leave_the_sham_out():
+    values = numpy.ones((2, 1, 1, 2))
+    values[1, ..., 1] = numpy.nan
+    effects = make_map(values, token=["subject", "before"])
+    assert not bad_rows(effects.drop_vars("absent")).any()
+    assert not bad_rows(effects.drop_vars("absent").sel(token="before")).any()
+    assert bad_rows(effects.drop_vars("absent").isel(token=1, drop=True)).values.ravel().tolist() == [False, True]
 
 
 def test_what_never_ran_is_no_bad_row():
