@@ -1,6 +1,7 @@
 """Cases: a prompt, the subject in it, and how the subject is corrupted."""
 
 import dataclasses
+import numbers
 import re
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,16 @@ from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 _MAX_SEED = 2**64 - 2
 
 TOKEN_GROUPS = ("bos", "before", "subject", "last_subject", "after", "eos", "padding", "all")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_text(**texts) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"the {name} must be text, got {text!r}")
 
 
 def _check_where(where: str) -> None:
@@ -44,10 +55,15 @@ class GaussianNoise:
     where: Literal["input", "output"] = "input"
 
     def __post_init__(self):
-        if not self.scale > 0:
+        if isinstance(self.scale, str | bool):
+            raise TypeError(f"scale must be a number, got {self.scale!r}")
+        # numbers of numpy and torch would not go into a map's attributes
+        object.__setattr__(self, "scale", float(self.scale))
+        if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale must be positive, got {self.scale}")
-        if not (isinstance(self.draws, int) and self.draws >= 1):
+        if not (_is_integer(self.draws) and self.draws >= 1):
             raise ValueError(f"draws must be a positive integer, got {self.draws!r}")
+        object.__setattr__(self, "draws", int(self.draws))
         _check_where(self.where)
 
     def noise(self, shape: tuple[int, ...], seed: int, draw: int, stream: int = 0) -> torch.Tensor:
@@ -71,6 +87,7 @@ class ReplaceSubject:
     draws: ClassVar[int] = 1
 
     def __post_init__(self):
+        _check_text(text=self.text)
         if not self.text.strip():
             raise ValueError("the text that replaces the subject is empty")
 
@@ -125,6 +142,7 @@ class Case:
     seed: int = 0
 
     def __post_init__(self):
+        _check_text(prompt=self.prompt, subject=self.subject)
         if not self.subject.strip():
             raise ValueError("the subject is empty: name the words of the prompt to corrupt")
         if not self.spans:
@@ -136,8 +154,9 @@ class Case:
                 "corruption must be a GaussianNoise, ReplaceSubject or ZeroSubject, got"
                 f" {type(self.corruption).__name__}"
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED:
+        if not _is_integer(self.seed) or not 0 <= self.seed <= _MAX_SEED:
             raise ValueError(f"seed must be an integer from 0 to 2**64 - 2, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

@@ -142,7 +142,7 @@ def trace(
         images=images,
         progress=progress,
     )
-    attributes = {"backend": backend}
+    attributes, described = {"backend": backend}, plan_attributes(pipe, plan)  # before any work, in case it fails
     if estimates:
         values = attribution_patching(pipe, plan, integrated=integrated)
         attributes |= {"estimate": "first_order", "integrated": integrated}
@@ -157,7 +157,7 @@ def trace(
     if plan.tokens is not None:
         values = values | {"absent": plan.absent(pipe)}
     effects = label(plan, values)
-    effects.attrs = attributes | plan_attributes(pipe, plan)
+    effects.attrs = attributes | described
     warn_of_bad_rows(effects)
     return effects
 

@@ -103,9 +103,10 @@ def trace_latents(
     fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     # latents stand where tokens do in maps of text encoders
     plan = LatentPlan(**fields | {"tokens": chosen, "sae": sae, "ablates": mode == "ablate"})
+    attributes = {"backend": "latents", "latent_mode": mode, "autoencoder": json.dumps(sae.config)}
+    attributes |= plan_attributes(pipe, plan)
     effects = label(plan, restoration(pipe, plan)).rename(token="latent")
-    effects.attrs = {"backend": "latents", "latent_mode": mode, "autoencoder": json.dumps(sae.config)}
-    effects.attrs |= plan_attributes(pipe, plan)
+    effects.attrs = attributes
     warn_of_bad_rows(effects)
     return effects
 

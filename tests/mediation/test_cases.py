@@ -1,11 +1,12 @@
 """Subjects are found by characters, and their tokens by offsets."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediation import Case, GaussianNoise, ReplaceSubject, ZeroSubject
+from mediation import Case, GaussianNoise, LatentDistance, ReplaceSubject, ZeroSubject, trace
 from mediation.cases import align, group_positions, segments
 from mediation.sampling import Sampling, sample_rows
 
@@ -53,17 +54,46 @@ def test_an_absent_subject_is_an_error(prompt, subject, message):
     [
         lambda: GaussianNoise(scale=0),
         lambda: GaussianNoise(scale=float("nan")),
+        lambda: GaussianNoise(scale=float("inf")),
         lambda: GaussianNoise(draws=0),
+        lambda: GaussianNoise(draws=True),
         lambda: GaussianNoise(draws=1.5),
         lambda: GaussianNoise(where="middle"),
         lambda: ReplaceSubject(" "),
         lambda: ZeroSubject(where="middle"),
         lambda: Case("a cat", subject="cat", seed=-1),
+        lambda: Case("a cat", subject="cat", seed=True),
         lambda: Case("a cat", subject="cat", seed=2**64 - 1),
     ],
 )
 def test_corruptions_that_cannot_be_are_errors(wrong):
     with pytest.raises(ValueError, match=r"must be|is empty"):
+        wrong()
+
+
+def test_numbers_of_other_libraries_are_taken_as_numbers(tiny_pipe):
+    """A map's attributes hold them as JSON."""
+    plain = Case("a cat", subject="cat", corruption=GaussianNoise(scale=3.0, draws=2), seed=3)
+    for scale in (numpy.float32(3), torch.tensor(3.0), 3):
+        noise = GaussianNoise(scale=scale, draws=numpy.int64(2))
+        case = Case("a cat", subject="cat", corruption=noise, seed=numpy.int64(3))
+        assert case == plain
+        assert [type(value) for value in (noise.scale, noise.draws, case.seed)] == [float, int, int]
+    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "num_inference_steps": 1, "progress": False}
+    assert trace(tiny_pipe, case, **options).identical(trace(tiny_pipe, plain, **options))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: GaussianNoise(scale="3"), "scale must be a number, got '3'"),
+        (lambda: ReplaceSubject(5), "the text must be text, got 5"),
+        (lambda: Case("a cat", subject=5), "the subject must be text, got 5"),
+        (lambda: Case(None, subject="cat"), "the prompt must be text, got None"),
+    ],
+)
+def test_what_is_of_another_type_is_named(wrong, message):
+    with pytest.raises(TypeError, match=message):
         wrong()
 
 
