@@ -130,9 +130,14 @@ def summarize(
         summary[name] = value
     what = "indirect effect / total effect" if normalize else "indirect effect"
     mode = "knock_out" if is_knock_out(effects) else "restore"
-    return summary.assign_attrs(
-        options | {"quantity": what, "intervention": mode, "metric": effects.attrs.get("metric", "")}
-    )
+    return summary.assign_attrs(options | {"quantity": what, "intervention": mode, "metric": measured_by(effects)})
+
+
+def measured_by(effects: xarray.Dataset) -> str:
+    """The metric that a map is of: the one that was chosen among several, or the names of all."""
+    if "metric" in effects.coords and not effects.metric.ndim:
+        return str(effects.metric.item())
+    return effects.attrs.get("metric", "")
 
 
 def _grouped(indirect: xarray.DataArray, by: str) -> xarray.DataArray:

@@ -9,7 +9,7 @@ import numpy
 import xarray
 
 from mediation.autoencoders.layouts import summarize_emergence
-from mediation.effects import summarize
+from mediation.effects import measured_by, summarize
 from mediation.schema import check
 
 # Diverging, readable in print and for the colour-blind: negative effects purple, positive ones orange.
@@ -239,7 +239,7 @@ def plot_emergence(
 
 
 def _quantity(effects: xarray.Dataset, normalize: bool) -> str:
-    return "IE / TE" if normalize else f"indirect effect\non {effects.attrs.get('metric', 'the metric')}"
+    return "IE / TE" if normalize else f"indirect effect\non {measured_by(effects) or 'the metric'}"
 
 
 def _table(summary: xarray.Dataset) -> tuple[numpy.ndarray, numpy.ndarray, list[str], list[str]]:

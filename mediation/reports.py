@@ -20,7 +20,7 @@ def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
     return (
         f"{', '.join(_count(n, dim) for dim, n in effects.restored.sizes.items())}\n"
         f"total effect {float(summary.total):.3g} [{float(summary.total_low):.3g}, {float(summary.total_high):.3g}]"
-        f" on {effects.attrs.get('metric', 'the metric')}, noise floor {float(summary.noise_floor):.1g}\n"
+        f" on {summary.attrs['metric'] or 'the metric'}, noise floor {float(summary.noise_floor):.1g}\n"
         f"largest indirect effects (95% intervals over cases):\n{_table(places[[*labels, 'mean', 'low', 'high', 'n']])}"
         f"{checked}"
     )
@@ -31,7 +31,7 @@ def as_json(effects: xarray.Dataset) -> str:
     summary = summarize(effects)
     names = ("total", "total_low", "total_high", "noise_floor")
     (whole,) = _plain(pandas.DataFrame([{name: float(summary[name]) for name in names}]))
-    record = {"metric": effects.attrs.get("metric"), "intervention": summary.attrs["intervention"], **whole}
+    record = {"metric": summary.attrs["metric"] or None, "intervention": summary.attrs["intervention"], **whole}
     if "sampled" in effects:
         record["verification"] = _plain(_checked(effects))
     return json.dumps(record | {"places": _plain(_places(summary))}, ensure_ascii=False)

@@ -1,5 +1,7 @@
 """A heat map shows the summary's numbers where its labels say."""
 
+import json
+
 import matplotlib.colors
 import matplotlib.pyplot
 import numpy
@@ -7,6 +9,7 @@ import pytest
 import xarray
 
 import mediation
+from mediation.reports import as_json, describe
 from tests.maps import make_map
 
 NAMES = ["unet.down.0.0.resnet", "unet.down.0.0.cross_attention", "unet.mid.0.resnet"]
@@ -124,6 +127,16 @@ def test_it_draws_where_it_is_told_and_names_the_metric():
     assert any("clip_score" in ax.get_ylabel() for ax in figure.axes)
     mediation.plot_effects(make([[[0.5, 0.1]]]), right, normalize=True)
     assert any(ax.get_ylabel() == "IE / TE" for ax in figure.axes)
+
+
+def test_of_several_metrics_the_chosen_one_is_named():
+    effects = make_map(numpy.ones((1, 1, 2, 2)), metric=["clip_score", "image_mse"])
+    chosen = effects.assign_attrs(metric="clip_score, image_mse").sel(metric="image_mse")
+    label = "indirect effect\non image_mse"
+    assert mediation.plot_effects(chosen).figure.axes[-1].get_ylabel() == label
+    assert mediation.plot_bars(chosen).get_ylabel() == label
+    assert mediation.summarize(chosen).attrs["metric"] == json.loads(as_json(chosen))["metric"] == "image_mse"
+    assert " on image_mse, " in describe(chosen)
 
 
 def test_windows_are_columns_of_a_denoiser_map():
