@@ -6,9 +6,10 @@ whose attribute `needs_images` is False gets None for images, and nothing is dec
 function must return a tensor that has them, or the metric a method `score` that does.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
@@ -108,7 +109,8 @@ class ClassProbability(DifferentiableMetric):
     """Probability that a classifier gives to a class.
 
     Args:
-        classifier: images (row, 3, height, width) in [0, 1] to logits (row, class).
+        classifier: images (row, 3, height, width) in [0, 1] to logits (row, class). A module scores in evaluation mode,
+            and is left in the mode that it was in.
         labels: the class names, in the order of the logits.
         target: the class; None is each case's subject, which must then be a label.
         name: of the metric, in results.
@@ -146,9 +148,23 @@ class ClassProbability(DifferentiableMetric):
 
     def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
         """One number per row, with gradients if the classifier has them."""
-        probabilities = self.classifier(images.float()).double().softmax(-1)
+        with _evaluating(self.classifier):
+            probabilities = self.classifier(images.float()).double().softmax(-1)
         chosen = torch.tensor([self._index(case) for case in cases], device=probabilities.device)
         return probabilities.gather(1, chosen[:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def _evaluating(classifier: nn.Module | Callable) -> Iterator[None]:
+    """Evaluation mode for a while: dropout is noise, and statistics of batches are their owner's."""
+    training = [part for part in classifier.modules() if part.training] if isinstance(classifier, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def metric_options(metric: Metric) -> dict:

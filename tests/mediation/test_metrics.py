@@ -123,6 +123,27 @@ def test_class_probability_is_a_softmax_at_the_subject_or_the_target():
     assert by_target(torch.zeros(2, 3, 8, 8), None, CASES) == pytest.approx([weights[0, 2], weights[1, 2]])
 
 
+def test_a_classifier_scores_in_evaluation_mode_and_keeps_its_own():
+    torch.manual_seed(0)
+    layers = [torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(192, 2)]
+    classifier = torch.nn.Sequential(*layers).eval()
+    metric = ClassProbability(classifier, labels=["cat", "dog"])
+    images = torch.rand(2, 3, 8, 8)
+    expected = classifier(images).double().softmax(-1).diagonal().tolist()
+    classifier.train()
+    classifier[0].eval()  # as whoever freezes it
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    assert metric(images, None, CASES) == pytest.approx(expected)
+    classifier[0].train()
+    assert metric(images, None, CASES) == pytest.approx(expected)
+    assert all((value == before[name]).all() for name, value in classifier.state_dict().items())
+    assert all(part.training for part in classifier.modules())
+    classifier[0].eval()
+    with pytest.raises(RuntimeError):
+        metric(images[:, :2], None, CASES)
+    assert [part.training for part in classifier] == [False, True, True, True]
+
+
 def test_the_gradients_of_metrics_are_their_slopes(clip):
     """Along one direction; what is called without gradients is what is scored with them."""
     generator = torch.Generator().manual_seed(2)
