@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from mediation.cases import Case, Corruption, GaussianNoise, ReplaceSubject, ZeroSubject
+from mediation.plans import checked_integer
 
 _COLUMNS = ("prompt", "subject", "attribute", "seed")
 
@@ -133,5 +134,14 @@ def _case(row: dict, corruption: Corruption, seed: int) -> Case:
     if not isinstance(row, dict) or not {"prompt", "subject"} <= set(row) <= set(_COLUMNS):
         found = list(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"its columns are {found}; expected prompt, subject and perhaps attribute, seed")
-    own = row.get("seed")
-    return Case(row["prompt"] or "", row["subject"] or "", corruption, seed if own in (None, "") else int(own))
+    prompt, subject = ("" if row[name] is None else row[name] for name in ("prompt", "subject"))
+    return Case(prompt, subject, corruption, _seed(row.get("seed"), seed))
+
+
+def _seed(own: str | int | None, default: int) -> int:
+    if own in (None, ""):
+        return default
+    try:
+        return int(own) if isinstance(own, str) else checked_integer("a seed", own)
+    except ValueError as error:
+        raise ValueError(f"a seed is a whole number, got {own!r}") from error

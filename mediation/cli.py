@@ -107,6 +107,8 @@ def trace(
     """
     if output is not None:
         mapfiles.check_path(output)
+    elif images:
+        raise ValueError("images are kept in the map: name its file as --output")
     corrupted_by = casefiles.parse_corruption(corruption, draws, where)
     found, attributes = casefiles.collect_cases(cases, prompt, subject, corrupted_by, seed)
     pipe = mediation.load_pipeline(model)

@@ -152,6 +152,7 @@ def make_plan(
         # as much activation memory as 16 rows of 64×64 latents, within reason
         _, height, width = family.latent_shape(pipe)
         batch_size = max(4, min(64, 16 * 64 * 64 // (height * width)))
+    batch_size = checked_integer("batch_size", batch_size)
     if batch_size <= N_CONTROLS:
         raise ValueError(f"batch_size counts the clean and the sham row too: it must be at least 3, got {batch_size}")
     return Plan(
@@ -167,6 +168,17 @@ def make_plan(
         pictured=_check_images(groups, images),
         progress=progress,
     )
+
+
+def checked_integer(name: str, value: int) -> int:
+    """A whole number, of whatever type.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is a whole number, got {value!r}")
+    return int(value)
 
 
 def _check_names(metrics: Sequence[Metric]) -> None:

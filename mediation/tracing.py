@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import numbers
 from collections.abc import Callable, Sequence
 
 import numpy
@@ -15,7 +14,7 @@ from mediation.cases import Case
 from mediation.direct import direct_effect, text_layers
 from mediation.metrics import Metric, metric_name, metric_options
 from mediation.pipelines import tokenizers_of
-from mediation.plans import Plan, make_plan
+from mediation.plans import Plan, checked_integer, make_plan
 from mediation.provenance import provenance
 from mediation.restoration import restoration
 from mediation.sampling import Sampling
@@ -137,7 +136,7 @@ def trace(
         tokens=tokens,
         windows=windows,
         mode=mode,
-        sampling=Sampling(num_inference_steps, guidance_scale, branch),
+        sampling=Sampling(checked_integer("num_inference_steps", num_inference_steps), guidance_scale, branch),
         batch_size=batch_size,
         images=images,
         progress=progress,
@@ -211,8 +210,8 @@ def _check_estimates(backend, metric, images, integrated, screen, verify) -> Non
     if images is not None and (estimates or screen is not None):
         raise ValueError('estimates make no images: choose backend="restoration" without screen')
     for name, value in (("integrated", integrated), ("verify", verify)):
-        if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
-            raise TypeError(f"{name} is a whole number, got {value!r}")
+        if value is not None:
+            checked_integer(name, value)
     if integrated != 1 and not (estimates or screen is not None):
         raise ValueError(f'integrated is for estimates, and backend="{backend}" makes none')
     if screen is not None and backend == "direct_effect":

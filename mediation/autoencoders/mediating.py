@@ -16,7 +16,7 @@ from mediation.badrows import warn_of_bad_rows, without_bad_rows
 from mediation.cases import Case
 from mediation.effects import indirect_effect
 from mediation.metrics import Metric
-from mediation.plans import Plan, make_plan
+from mediation.plans import Plan, checked_integer, make_plan
 from mediation.restoration import restoration
 from mediation.rows import N_CONTROLS, Intervention
 from mediation.sampling import Progress, Sampling, sample_rows
@@ -95,7 +95,7 @@ def trace_latents(
         tokens=None,
         windows=windows,
         mode="restore" if mode == "restore" else "knock_out",
-        sampling=Sampling(num_inference_steps, guidance_scale, branch),
+        sampling=Sampling(checked_integer("num_inference_steps", num_inference_steps), guidance_scale, branch),
         batch_size=batch_size,
         images=None,
         progress=progress,

@@ -42,7 +42,11 @@ def test_a_spreadsheets_csv_is_read_too(tmp_path):
         ("cases.json", '{"prompt": "a cat"}', "no list of cases"),
         ("cases.csv", "prompt,word\na cat,cat\n", r"case 1 of cases\.csv: its columns are \['prompt', 'word'\]"),
         ("cases.csv", "prompt,subject\na cat,cat\na cat,dog\n", r"case 2 of cases\.csv: the subject 'dog' is not in"),
-        ("cases.csv", "prompt,subject,seed\na cat,cat,x\n", r"case 1 of cases\.csv: invalid literal"),
+        ("cases.csv", "prompt,subject,seed\na cat,cat,x\n", r"case 1 of cases\.csv: a seed is a whole number, got 'x'"),
+        ("cases.json", '[{"prompt": "a cat", "subject": "cat", "seed": 1.7}]', "a seed is a whole number, got 1.7"),
+        ("cases.json", '[{"prompt": "a cat", "subject": "cat", "seed": true}]', "a seed is a whole number, got True"),
+        ("cases.json", '[{"prompt": "a cat", "subject": 5}]', r"case 1 of .*: the subject must be text, got 5"),
+        ("cases.json", '[{"prompt": null, "subject": "cat"}]', r"case 1 of cases\.json: .* is not in the prompt ''"),
         ("cases.json", '["a cat"]', r"case 1 of cases\.json: its columns are str"),
     ],
 )

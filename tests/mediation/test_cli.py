@@ -175,6 +175,10 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         ),
         (["trace", "--prompt", "a cat", "--subject", "cat", "--windows", "early"], "error: windows are fractions"),
         (["trace", "--prompt", "a cat", "--subject", "cat", "--heads", "--tokens", "eos"], "error: tokens restores"),
+        (
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--images"],
+            "error: images are kept in the map: name its file as --output",
+        ),
         (["trace"], "error: give either prompts with subjects, or a file"),
         (["trace", "--cases", "none.csv"], "No such file"),
         (["attribute", "ink", "--parameters", "engine"], "error: 'engine' matches no site"),
