@@ -90,14 +90,19 @@ def collect_cases(
 def pair_cases(prompts: Sequence[str], subjects: Sequence[str], corruption: Corruption, seed: int = 0) -> list[Case]:
     """One case per prompt, with a subject of its own or the only one.
 
+    The seed of the first is `seed`, and of each further one it is one more: cases that start from the same noise would
+    not be independent, as intervals take them to be.
+
     Example:
-        >>> [case.subject for case in pair_cases(["a cat", "two cats"], ["cat", "cats"], GaussianNoise())]
-        ['cat', 'cats']
+        >>> found = pair_cases(["a cat", "two cats"], ["cat", "cats"], GaussianNoise(), seed=3)
+        >>> [(case.subject, case.seed) for case in found]
+        [('cat', 3), ('cats', 4)]
     """
     if len(subjects) not in (1, len(prompts)):
         raise ValueError(f"give one subject for all prompts, or one for each of {len(prompts)}; got {len(subjects)}")
     subjects = list(subjects) * (len(prompts) if len(subjects) == 1 else 1)
-    return [Case(*pair, corruption, seed) for pair in zip(prompts, subjects, strict=True)]
+    pairs = zip(prompts, subjects, strict=True)
+    return [Case(*pair, corruption, number) for number, pair in enumerate(pairs, start=seed)]
 
 
 def read_cases(path: str | pathlib.Path, corruption: Corruption, seed: int = 0) -> tuple[list[Case], list[str]]:
@@ -106,7 +111,7 @@ def read_cases(path: str | pathlib.Path, corruption: Corruption, seed: int = 0) 
     Args:
         path: a file that ends in .csv or .json.
         corruption: of every case.
-        seed: of cases without a seed of their own.
+        seed: of the first case; of each further one it is one more, but for those that have a seed of their own.
 
     Returns:
         The cases, and the attribute of each, "" where there is none.
@@ -124,7 +129,7 @@ def read_cases(path: str | pathlib.Path, corruption: Corruption, seed: int = 0) 
     cases = []
     for number, row in enumerate(rows, start=1):
         try:
-            cases.append(_case(row, corruption, seed))
+            cases.append(_case(row, corruption, seed + number - 1))
         except (TypeError, ValueError) as error:
             raise ValueError(f"case {number} of {path.name}: {error}") from error
     return cases, [str(row.get("attribute") or "") for row in rows]

@@ -59,7 +59,7 @@ def trace(
     cases: Annotated[
         pathlib.Path | None, typer.Option(help="CSV or JSON with prompt, subject and perhaps attribute, seed.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of cases that have none of their own.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first case; each further one has one more, or its own.")] = 0,
     corruption: Annotated[str, typer.Option(help="noise, noise:SCALE, zero or replace:TEXT.")] = "noise",
     where: Annotated[
         str, typer.Option(help="Noise and zeros: at the text encoders' input, or their output.")
