@@ -17,7 +17,7 @@ from mediation.parameters import sha256
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.plans import make_plan
 from mediation.restoration import n_computed_rows
-from mediation.sampling import Sampling
+from mediation.sampling import Sampling, n_iterations
 
 # Where in the prompt sites of text encoders are restored. What comes before the subject cannot know of it.
 TOKENS = ("last_subject", "after", "eos", "padding")
@@ -68,7 +68,7 @@ class Task:
         )
 
     def row_evaluations(self, pipe: DiffusionPipeline) -> int:
-        """How often the denoiser evaluates a row, at most: in both halves of guidance, at every step, draw and case.
+        """How often the denoiser evaluates a row, at most: by halves of guidance, iterations, draws and cases.
 
         Raises:
             ValueError: if the map cannot be traced.
@@ -77,7 +77,8 @@ class Task:
         options = {"tokens": None, "windows": None, "mode": "restore", "batch_size": None, "images": None}
         options |= self._places(pipe)
         plan = make_plan(pipe, self.cases, metric=self.metrics, sampling=sampling, progress=False, **options)
-        n_steps, n_halves, n_evaluations = self.num_inference_steps, 2 if sampling.guided else 1, 0
+        n_steps, n_halves = n_iterations(pipe, self.num_inference_steps), 2 if sampling.guided else 1
+        n_evaluations = 0
         for case in self.cases:
             jobs = [one for _, one in plan.interventions(pipe, case)]
             opened = [next(i for i in range(n_steps) if one.covers(i / n_steps)) for one in jobs]

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import diffusers
 import numpy
 import pytest
 import torch
 
 from benchmarks.emoji import world
 from benchmarks.reproduce import attributes, maps, tracing
+from benchmarks.reproduce.attributions import variants
 from benchmarks.speed.sweeps import counting
 from mediation import Case, GaussianNoise, LatentDistance
 from mediation.bundled import AttributeProbe
@@ -28,6 +30,18 @@ def test_the_cost_that_is_announced_is_the_cost(small_pipe, network, guidance_sc
         effects = task.run(small_pipe)
     assert counter["rows"] == task.row_evaluations(small_pipe)
     assert dict(effects.sizes)["site"] == {"denoiser": 29, "text": 4}[network]
+
+
+@pytest.mark.parametrize("variant", [None, 0, 1])
+def test_a_scheduler_that_iterates_more_often_than_it_steps_costs_more(small_pipe, monkeypatch, variant):
+    scheduler = diffusers.PNDMScheduler.from_config(small_pipe.scheduler.config, skip_prk_steps=True)
+    monkeypatch.setattr(small_pipe, "scheduler", scheduler)
+    task = dataclasses.replace(TASK, num_inference_steps=3)
+    task = task if variant is None else variants.Variant.of(task, variant)
+    with counting(small_pipe) as counter:
+        task.run(small_pipe)
+    n_back = 2 * (variant or 0) * 2 * 2 * len(CASES) * 4  # counts twice: halves, draws, cases, iterations
+    assert counter["rows"] + n_back == task.row_evaluations(small_pipe)
 
 
 def test_a_map_is_made_once(small_pipe, tmp_path):

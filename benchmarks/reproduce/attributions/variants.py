@@ -13,6 +13,7 @@ import mediation
 from benchmarks.reproduce import maps, tracing
 from benchmarks.reproduce.attributions.fidelity import over_steps
 from mediation.mapfiles import open_map
+from mediation.sampling import n_iterations
 
 # points at which gradients are taken: without integration, and with
 POINTS = (1, 3)
@@ -69,7 +70,7 @@ class Variant(maps.Task):
         # Every step is computed again for each metric, and beside it, for the denoiser's sites, that of the other run.
         n_beside = 1 if self.network == "denoiser" else 0
         n_rows = 1 + self.integrated + len(self.metrics) * (n_beside + 3 * self.integrated)
-        return (2 if self.guidance_scale > 1 else 1) * self.num_inference_steps * n_runs * n_rows
+        return (2 if self.guidance_scale > 1 else 1) * n_iterations(pipe, self.num_inference_steps) * n_runs * n_rows
 
     @property
     def _windows(self) -> dict[str, str]:
