@@ -77,12 +77,17 @@ def collect_cases(
     corruption: Corruption,
     seed: int = 0,
 ) -> tuple[list[Case], list[str]]:
-    """Cases of a file, or of prompts and subjects, and the attribute of each."""
+    """Cases of a file, or of prompts and subjects, and the attribute of each; a .txt file holds a prompt per line."""
     if (path is None) == (not prompts):
         raise ValueError("give either prompts with subjects, or a file of cases")
-    if path is not None:
+    if path is not None and path.suffix == ".txt":
+        lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+        prompts = [line for line in lines if line]
+        if not prompts:
+            raise ValueError(f"{path.name} holds no prompt")
+    elif path is not None:
         if subjects:
-            raise ValueError("a file of cases has its own subjects")
+            raise ValueError("a file of cases has its own subjects; only prompts, one per line of a .txt, have none")
         return read_cases(path, corruption, seed)
     return pair_cases(prompts, subjects, corruption, seed), [""] * len(prompts)
 

@@ -12,16 +12,13 @@ import PIL.Image
 import typer
 
 import mediation
-from mediation import casefiles, mapfiles, metrics, reports, tensorfiles
+from mediation import casefiles, mapfiles, metrics, options, reports, tensorfiles
 from mediation.autoencoders import cli as autoencoders_cli
 from mediation.commands import add_command, new_app
+from mediation.selecting import select as select_labels
 
 app = new_app()
 _command = functools.partial(add_command, app)
-
-_Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it, Emoji Diffusion.")]
-_Map = Annotated[pathlib.Path, typer.Argument(help="A map that `mediation trace` wrote.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -31,20 +28,21 @@ def main() -> None:
 
 @_command
 def sites(
-    model: _Model = None,
+    model: options.Model = None,
     network: Annotated[str | None, typer.Option(help="Only this network, as unet or text_encoder.")] = None,
-    component: Annotated[str | None, typer.Option(help="Only this kind, as resnet or block.")] = None,
+    component: options.Component = None,
+    layer: Annotated[int | None, typer.Option(help="Only this layer of each kind, from 0.")] = None,
+    block: Annotated[str | None, typer.Option(help="Only this block, as down.0 or mid.")] = None,
     name: Annotated[str | None, typer.Option(help="Only names that match this glob.")] = None,
-    heads: Annotated[bool, typer.Option("--heads", help="Single attention heads in place of modules.")] = False,
-    as_json: _Json = False,
+    heads: options.Heads = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the sites of a pipeline in the order in which they run.
 
     Example: mediation sites --network unet --component cross_attention
     """
-    found = mediation.sites(
-        mediation.load_pipeline(model), network=network, component=component, name=name, heads=heads
-    )
+    chosen = {"network": network, "component": component, "layer": layer, "block": block, "name": name}
+    found = mediation.sites(options.load(model), **chosen, heads=heads)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(site) for site in found]))
         return
@@ -57,7 +55,8 @@ def trace(
     prompt: Annotated[list[str], typer.Option(help="A prompt; give it as often as needed.")] = (),
     subject: Annotated[list[str], typer.Option(help="Words of the prompt to corrupt: one for all, or one each.")] = (),
     cases: Annotated[
-        pathlib.Path | None, typer.Option(help="CSV or JSON with prompt, subject and perhaps attribute, seed.")
+        pathlib.Path | None,
+        typer.Option(help="CSV or JSON with prompt, subject and perhaps attribute, seed; or .txt, a prompt per line."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first case; each further one has one more, or its own.")] = 0,
     corruption: Annotated[str, typer.Option(help="noise, noise:SCALE, zero or replace:TEXT.")] = "noise",
@@ -65,12 +64,23 @@ def trace(
         str, typer.Option(help="Noise and zeros: at the text encoders' input, or their output.")
     ] = "input",
     draws: Annotated[int, typer.Option(help="Independent noises per case.")] = 1,
-    model: _Model = None,
-    sites: Annotated[str | None, typer.Option(help="Only sites whose name matches this glob.")] = None,
-    heads: Annotated[bool, typer.Option("--heads", help="Single attention heads in place of modules.")] = False,
-    metric: Annotated[
-        str | None, typer.Option(help="clip_score, latent_distance or image_mse; without it, what suits the pipeline.")
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    sites: Annotated[
+        str | None, typer.Option(help="Only sites whose name matches this glob, as unet.up.* or unet.mid.block.")
     ] = None,
+    component: options.Component = None,
+    heads: options.Heads = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Restore this many neighbouring layers of one kind together.")
+    ] = None,
+    metric: Annotated[
+        list[str],
+        typer.Option(
+            help="clip_score, latent_distance or image_mse, one or more; without it, what suits the pipeline."
+        ),
+    ] = (),
     scorer: Annotated[str | None, typer.Option(help="Folder of a CLIP model for clip_score.")] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Token groups or positions with commas between, as subject,eos; or each.")
@@ -98,7 +108,7 @@ def trace(
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="Keep the image of every run.")] = False,
     output: Annotated[pathlib.Path | None, typer.Option(help="Where the map goes: a .nc file or .zarr folder.")] = None,
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure what each site carries of a prompt's subject.
 
@@ -111,12 +121,15 @@ def trace(
         raise ValueError("images are kept in the map: name its file as --output")
     corrupted_by = casefiles.parse_corruption(corruption, draws, where)
     found, attributes = casefiles.collect_cases(cases, prompt, subject, corrupted_by, seed)
-    pipe = mediation.load_pipeline(model)
+    pipe = options.load(model, device, dtype)
+    chosen = None
+    if sites is not None or component is not None or heads or neighbours is not None:
+        chosen = mediation.sites(pipe, name=sites, component=component, heads=heads)
     effects = mediation.trace(
         pipe,
         found,
-        sites=mediation.sites(pipe, name=sites, heads=heads) if sites is not None or heads else None,
-        metric=metrics.named_metric(pipe, metric, scorer),
+        sites=chosen if neighbours is None else mediation.neighbours(chosen, neighbours),
+        metric=metrics.named_metrics(pipe, metric, scorer),
         tokens=casefiles.parse_tokens(tokens),
         windows=casefiles.parse_windows(windows),
         mode=mode,
@@ -145,7 +158,7 @@ def attribute(
     ),
     objective: Annotated[str, typer.Option(help="erase or amplify.")] = "erase",
     base: Annotated[str, typer.Option(help="For erasing, the prompt that stands for its absence.")] = "",
-    model: _Model = None,
+    model: options.Model = None,
     parameters: Annotated[
         list[str], typer.Option(help="A glob of sites or parameters; without it, the feed-forwards of the denoiser.")
     ] = (),
@@ -158,7 +171,7 @@ def attribute(
     sums: Annotated[
         pathlib.Path | None, typer.Option("--map", help="Where sums by site go: a .nc file or .zarr folder.")
     ] = None,
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score single weights by what they contribute to a concept (CAD).
 
@@ -168,7 +181,7 @@ def attribute(
         mapfiles.check_path(sums)
     mapfiles.check_folder(tensorfiles.checked_path(output))
     found = mediation.attribute(
-        mediation.load_pipeline(model),
+        options.load(model),
         concept,
         base=base,
         objective=objective,
@@ -189,18 +202,20 @@ def attribute(
 
 @_command
 def plot(
-    path: _Map,
+    path: options.Map,
     output: Annotated[pathlib.Path | None, typer.Option(help="The figure; without it, beside the map.")] = None,
     kind: Annotated[str, typer.Option(help="map, bars or images.")] = "map",
     by: Annotated[str | None, typer.Option(help="What bars stand for: component, network, block, layer, site.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Shares of the total effect.")] = False,
+    select: options.Select = (),
 ) -> None:
     """Draw a map as a heat map, as bars with intervals, or as strips of images.
 
     Example: mediation plot ink.nc --kind bars --by component --output ink.png
     """
     output = output or path.with_suffix(".png")
-    figure = reports.draw(mapfiles.open_map(path), kind, by=by, normalize=normalize).figure
+    (effects,) = select_labels(select, mapfiles.open_map(path))
+    figure = reports.draw(effects, kind, by=by, normalize=normalize).figure
     figure.savefig(output, dpi=200)
     matplotlib.pyplot.close(figure)
     typer.echo(f"saved {output}")
@@ -208,16 +223,17 @@ def plot(
 
 @_command
 def compare(
-    a: _Map,
-    b: _Map,
+    a: options.Map,
+    b: options.Map,
     k: Annotated[int, typer.Option("-k", help="How many of the largest effects the overlap looks at.")] = 5,
-    as_json: _Json = False,
+    select: options.Select = (),
+    as_json: options.Json = False,
 ) -> None:
     """Tell how far two maps rank the same sites alike.
 
     Example: mediation compare ink.nc cat.nc -k 3
     """
-    found = mediation.compare(mapfiles.open_map(a), mapfiles.open_map(b), k)
+    found = mediation.compare(*select_labels(select, mapfiles.open_map(a), mapfiles.open_map(b)), k)
     typer.echo(reports.comparison_as_json(found) if as_json else reports.describe_comparison(found))
 
 

@@ -210,10 +210,23 @@ def named_metric(pipe: DiffusionPipeline, name: str | None, scorer: str | pathli
     if scorer is not None:
         if name in distances:
             raise ValueError(f"a scorer is for {CLIPScore.name}, not for {name}")
-        return CLIPScore.from_pretrained(scorer)
+        found = CLIPScore.from_pretrained(scorer)
+        found.model.to(pipe._execution_device)
+        return found
     if name == CLIPScore.name and not bundled.is_bundled(pipe):
         raise ValueError(f"{CLIPScore.name} needs a CLIP model that fits this pipeline: name its folder as the scorer")
     return distances[name] if name in distances else default_metric(pipe)
+
+
+def named_metrics(
+    pipe: DiffusionPipeline, names: Sequence[str], scorer: str | pathlib.Path | None = None
+) -> Metric | list[Metric]:
+    """As `named_metric`, of one name or several; a scorer is for CLIPScore, if that is among them."""
+    if len(names) < 2:
+        return named_metric(pipe, *names or (None,), scorer)
+    # with none among them, the first says that it has no use for a scorer
+    takers = [name for name in names if name == CLIPScore.name] or names
+    return [named_metric(pipe, name, scorer if name in takers else None) for name in names]
 
 
 def images_for(pipe: DiffusionPipeline, metrics: Sequence[Metric], latents: torch.Tensor) -> torch.Tensor | None:

@@ -12,7 +12,9 @@ from mediation.verification import verification
 
 
 def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
-    """The total effect, and the places with the largest indirect effects."""
+    """The total effect, and the places with the largest indirect effects; by metric, if there are several."""
+    if "metric" in effects.dims:
+        return "\n\n".join(describe(effects.sel(metric=name), n_rows) for name in effects.metric.values)
     summary = summarize(effects)
     places = _places(summary).sort_values("mean", ascending=False, kind="stable").head(n_rows)
     labels = [name for name in ("site", "token", "latent", "window") if name in places]
@@ -27,7 +29,10 @@ def describe(effects: xarray.Dataset, n_rows: int = 10) -> str:
 
 
 def as_json(effects: xarray.Dataset) -> str:
-    """The summary of a map: one record per place, and the total effect."""
+    """The summary of a map: one record per place, and the total effect; a list of these, if it has several metrics."""
+    if "metric" in effects.dims:
+        records = [json.loads(as_json(effects.sel(metric=name))) for name in effects.metric.values]
+        return json.dumps({"metrics": records}, ensure_ascii=False)
     summary = summarize(effects)
     names = ("total", "total_low", "total_high", "noise_floor")
     (whole,) = _plain(pandas.DataFrame([{name: float(summary[name]) for name in names}]))

@@ -65,7 +65,8 @@ def sites(
 ) -> list[Site]:
     """Lists the sites of a pipeline in execution order, text encoders first.
 
-    Transformers and whole blocks contain other sites, so they are listed only when asked for, by `component`.
+    Transformers and whole blocks contain other sites, so they are listed only when asked for, by `component` or by a
+    `name` that no other site has.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -91,15 +92,17 @@ def sites(
     kind = "head" if heads else "site"
     wanted = {"network": network, "component": component, "layer": layer, "block": block}
     wanted = {field: value for field, value in wanted.items() if value is not None}
-    listed = (site for site in _all_sites(pipe, network, heads=heads) if site.component not in hidden)
-    chosen = [site for site in listed if all(getattr(site, field) == value for field, value in wanted.items())]
+    every = _all_sites(pipe, network, heads=heads)
+    matching = [site for site in every if all(getattr(site, field) == value for field, value in wanted.items())]
+    chosen = [site for site in matching if site.component not in hidden]
     for field, value in wanted.items() if not chosen else ():
         every = (site for site in _all_sites(pipe, heads=heads) if site.component not in hidden)
         known = list(dict.fromkeys(getattr(site, field) for site in every))
         if value not in known:
             raise ValueError(f"no {kind} has {field}={value!r}; this pipeline has {', '.join(map(str, known))}")
     if name is not None:
-        chosen = [site for site in chosen if fnmatch.fnmatchcase(site.name, name)]
+        matching = [site for site in matching if fnmatch.fnmatchcase(site.name, name)]
+        chosen = [site for site in matching if site.component not in hidden] or matching
     if not chosen:
         raise ValueError(f"no {kind} matches {wanted | ({'name': name} if name is not None else {})}")
     return chosen

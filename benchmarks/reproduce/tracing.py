@@ -6,7 +6,7 @@ corrupted runs. Each map is saved as soon as it is ready, and found again when t
 Run: python -m benchmarks.reproduce.tracing --output runs/reproduce/tracing
 
 For real weights, add --model FOLDER --cases cases.csv --scorer CLIP_FOLDER --guidance-scale 7.5 --steps 25, where
-cases.csv has the columns prompt, subject, attribute and, if need be, seed.
+cases.csv has the columns prompt, subject, attribute and, if need be, seed. On a GPU, add --device cuda --dtype float16.
 
 Cost: with the defaults, 7 attributes of 24 cases with 2 draws and 5 steps, at most 310,000 row-evaluations of the
 U-Net: an hour on two cores that evaluate 90 rows per second. It grows in proportion to cases, draws and steps. The
@@ -29,7 +29,8 @@ from benchmarks.reproduce.tracing_claims import all_claims
 from mediation import bundled
 from mediation.casefiles import read_cases
 from mediation.mapfiles import open_map
-from mediation.metrics import CLIPScore, default_metric
+from mediation.metrics import CLIPScore, named_metric
+from mediation.options import DTYPES, load
 
 _N_CASES = 24
 _SCOPES = {
@@ -50,7 +51,7 @@ _SCOPES = {
 
 def make_tasks(pipe: DiffusionPipeline, options: argparse.Namespace) -> tuple[list[Task], str]:
     """The maps to make, and the fingerprint of what makes them."""
-    score = CLIPScore.from_pretrained(options.scorer) if options.scorer else default_metric(pipe)
+    score = named_metric(pipe, None, options.scorer)
     judges = [score.model] if isinstance(score, CLIPScore) else []
     tasks = []
     for attribute, labels in labelled_cases(options).items():
@@ -120,6 +121,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/reproduce/tracing"))
     parser.add_argument("--model", help="a pipeline's folder or hub id; without it, Emoji Diffusion")
+    parser.add_argument("--device", help="where --model runs, as cuda; without it, the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights of --model; without it, float32")
     parser.add_argument("--cases", type=pathlib.Path, help="CSV or JSON; without it, captions of the emoji world")
     parser.add_argument(
         "--scorer", type=pathlib.Path, help="folder of a CLIPModel; for other pipelines than the bundled"
@@ -133,6 +136,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.model and not options.cases:
         parser.error("--model needs --cases: the captions of the emoji world mean nothing to another model")
+    if (options.device or options.dtype) and not options.model:
+        parser.error("--device and --dtype are for --model: Emoji Diffusion and its judges run on the CPU")
     for name in ("cases_per_attribute", "draws", "steps", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -145,7 +150,7 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pipe = mediation.load_pipeline(options.model)
+    pipe = load(options.model, options.device, options.dtype)
     tasks, model = make_tasks(pipe, options)
     make_maps(pipe, tasks, options.output / "maps", model)
     sizes = [len(task.cases) for task in tasks]
@@ -157,6 +162,7 @@ def main() -> None:
         "steps": options.steps,
         "guidance": options.guidance_scale,
     }
+    settings |= {"dtype": options.dtype} if options.dtype else {}
     write_claims(tasks, options.output, settings, _SCOPES["other" if options.cases else "emoji"])
 
 

@@ -13,17 +13,16 @@ from mediation.autoencoders import files, sheets
 from mediation.autoencoders.concepts import score_latents
 from mediation.autoencoders.dictionary import Labeller
 from mediation.commands import add_command, new_app
+from mediation.options import Json, Model
 
 app = new_app()
 _command = functools.partial(add_command, app)
 
 _Folder = Annotated[pathlib.Path, typer.Argument(help="A folder that `mediation sae train` wrote.")]
-_Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it, Emoji Diffusion.")]
 _Prompt = Annotated[list[str], typer.Option(help="A prompt; give it as often as needed.")]
 _Prompts = Annotated[pathlib.Path | None, typer.Option(help="A text file with one prompt in each line.")]
 _Steps = Annotated[int, typer.Option(help="Sampler steps.")]
 _Guidance = Annotated[float, typer.Option(help="Classifier-free guidance.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -49,10 +48,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Without it, by the number of latents.")] = None,
     patience: Annotated[int | None, typer.Option(help="Windows without progress after which to stop.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
-    model: _Model = None,
+    model: Model = None,
     steps: _Steps = 25,
     guidance_scale: _Guidance = 7.5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Train an autoencoder on what a site computes; called again, it goes on where it was interrupted.
 
@@ -81,7 +80,7 @@ def train(
 
 
 @_command
-def show(folder: _Folder, as_json: _Json = False) -> None:
+def show(folder: _Folder, as_json: Json = False) -> None:
     """Tell what an autoencoder reads, and how its training went.
 
     Example: mediation sae show cat-sae
@@ -100,10 +99,10 @@ def dictionary(
         str, typer.Option(help="package.module:function that labels an image; by default, one for Emoji Diffusion.")
     ] = "mediation.bundled:label_emoji",
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
-    model: _Model = None,
+    model: Model = None,
     steps: _Steps = 25,
     guidance_scale: _Guidance = 7.5,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Name the latents of an autoencoder by what pictures show where they are active.
 

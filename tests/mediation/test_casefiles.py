@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mediation import Case, GaussianNoise, ReplaceSubject, ZeroSubject
-from mediation.casefiles import collect_cases, parse_corruption, parse_tokens, parse_windows, read_cases
+from mediation.casefiles import collect_cases, pair_cases, parse_corruption, parse_tokens, parse_windows, read_cases
 
 NOISE = GaussianNoise(2.0)
 CASES = [Case("a cat, asleep", "cat", NOISE, 4), Case("a dog in ink style", "ink", NOISE, 7)]
@@ -65,6 +65,18 @@ def test_prompts_share_a_subject_or_have_their_own():
     for subjects in ([], ["cat"] * 3):
         with pytest.raises(ValueError, match=f"one for each of 2; got {len(subjects)}"):
             collect_cases(None, prompts, subjects, NOISE)
+
+
+def test_a_text_file_holds_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa cat\n\nthe cat sleeps \n", encoding="utf-8")
+    expected = pair_cases(["a cat", "the cat sleeps"], ["cat"], NOISE, 3)
+    assert collect_cases(path, (), ["cat"], NOISE, 3) == (expected, ["", ""])
+    with pytest.raises(ValueError, match="one for each of 2; got 0"):
+        collect_cases(path, (), (), NOISE)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
+        collect_cases(path, (), ["cat"], NOISE)
 
 
 def test_cases_come_from_one_place(tmp_path):

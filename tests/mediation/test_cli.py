@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import numpy
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ COMMANDS = ("sites", "trace", "plot", "compare")
 @pytest.fixture
 def run(monkeypatch, tiny_pipe, tmp_path):
     """Runs the command in an empty folder, with a tiny pipeline for the bundled one."""
-    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None: tiny_pipe)
+    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None, **options: tiny_pipe)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
@@ -129,6 +130,76 @@ def test_options_are_those_of_the_function(run, tiny_pipe):
     assert float(abs(found.restored).max()) > 0
 
 
+CAT = ["--prompt", "a red cat", "--subject", "cat", "--steps", 1, "--output", "map.nc"]
+
+
+def test_whole_blocks_are_listed_and_traced(run, tiny_pipe):
+    for options in (["--component", "block", "--layer", 4], ["--component", "block", "--block", "mid"]):
+        listed = run("sites", "--network", "unet", *options).output
+        assert listed.split()[0] == "unet.mid.block"
+        assert len(listed.splitlines()) == 1
+    assert run("trace", *CAT, "--sites", "unet.*.block").exit_code == 0
+    blocks = [site.name for site in mediation.sites(tiny_pipe, network="unet", component="block")]
+    assert open_map("map.nc").site.values.tolist() == blocks
+    assert run("trace", *CAT, "--component", "block", "--sites", "text_encoder.*").exit_code == 0
+    blocks = [site.name for site in mediation.sites(tiny_pipe, network="text_encoder", component="block")]
+    assert open_map("map.nc").site.values.tolist() == blocks
+
+
+def test_neighbours_are_restored_together(run, tiny_pipe):
+    text = ["--sites", "text_encoder.*", "--component", "mlp", "--neighbours", 2]
+    assert run("trace", *CAT, *text).exit_code == 0
+    layers = mediation.sites(tiny_pipe, network="text_encoder", component="mlp")
+    names = ["+".join(site.name for site in group) for group in mediation.neighbours(layers, 2)]
+    assert open_map("map.nc").site.values.tolist() == names
+    result = run("trace", *CAT, "--neighbours", 2)
+    assert result.exit_code == 1
+    assert "error: neighbours are of one network and component" in result.output
+
+
+def test_several_metrics_are_told_one_by_one_and_drawn_by_choice(run, tiny_pipe):
+    given = [*CAT, "--sites", "unet.mid.0.*", "--windows", "0-1"]
+    result = run("trace", *given, "--metric", "image_mse", "--metric", "latent_distance")
+    assert result.exit_code == 0, result.output
+    effects = open_map("map.nc")
+    assert effects.metric.values.tolist() == ["image_mse", "latent_distance"]
+    assert [name for name in ("image_mse", "latent_distance") if f" on {name}, noise" in result.output] == [
+        *effects.metric.values
+    ]
+    told = json.loads(run("trace", *given, "--metric", "image_mse", "--metric", "latent_distance", "--json").output)
+    for record in told["metrics"]:
+        summary = mediation.summarize(effects.sel(metric=record["metric"]))
+        assert record["total"] == pytest.approx(float(summary.total))
+        assert {place["site"] for place in record["places"]} == set(effects.site.values)
+    result = run("plot", "map.nc")
+    assert result.exit_code == 1
+    assert "error: choose one metric" in result.output
+    for chosen in (["--select", "metric=image_mse"], ["--select", "window=0-1", "--select", "metric=latent_distance"]):
+        assert run("plot", "map.nc", *chosen, "--output", "map.png").output == "saved map.png\n"
+        told = json.loads(run("compare", "map.nc", "map.nc", *chosen, "-k", 2, "--json").output)
+        assert [row["estimate"] for row in told["statistics"]] == pytest.approx([1, 1, 1])
+
+
+def test_prompts_come_one_per_line(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n\n a cat in ink style\n")
+    given = ["--cases", "prompts.txt", "--subject", "cat", "--seed", 4, "--sites", "unet.mid.0.resnet", "--steps", 1]
+    assert run("trace", *given, "--output", "map.nc").exit_code == 0
+    effects = open_map("map.nc")
+    assert effects.prompt.values.tolist() == ["a red cat", "a cat in ink style"]
+    assert effects.seed.values.tolist() == [4, 5]
+    assert "attribute" not in effects.coords
+
+
+def test_a_device_and_a_dtype_are_those_of_the_pipeline(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = ["--sites", "unet.mid.0.resnet", "--device", "cpu", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, ["trace", *map(str, CAT), *given], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    effects = open_map("map.nc")
+    assert (effects.attrs["dtype"], effects.attrs["device"]) == ("torch.bfloat16", "cpu")
+    assert numpy.isfinite(effects.restored).all()
+
+
 def test_a_file_of_cases_becomes_a_map_and_json(run, tmp_path):
     (tmp_path / "cases.csv").write_text(
         "prompt,subject,attribute,seed\na red cat,cat,object,1\na red cat,red,color,2\n"
@@ -179,6 +250,18 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
             ["trace", "--prompt", "a cat", "--subject", "cat", "--images"],
             "error: images are kept in the map: name its file as --output",
         ),
+        (
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--dtype", "int8"],
+            "error: dtype must be float32, float16",
+        ),
+        (
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--device", "cuda"],
+            "error: cannot run on the device 'cuda'",
+        ),
+        (
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--device", "moon"],
+            "error: cannot run on the device 'moon'",
+        ),
         (["trace"], "error: give either prompts with subjects, or a file"),
         (["trace", "--cases", "none.csv"], "No such file"),
         (["attribute", "ink", "--parameters", "engine"], "error: 'engine' matches no site"),
@@ -189,12 +272,18 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         (["plot", "map.nc", "--kind", "pie"], "error: a map is drawn as map, bars or images, got 'pie'"),
         (["plot", "map.nc", "--by", "layer"], "error: only bars are grouped"),
         (["plot", "map.nc", "--kind", "images", "--normalize"], "error: images show no effect"),
+        (["plot", "map.nc", "--select", "metric=image_mse"], "write dimension=label; there is nothing to choose of"),
+        (["plot", "steps.nc", "--select", "window"], "write dimension=label; there is window to choose of"),
+        (["plot", "steps.nc", "--select", "window=0-1"], "error: no window '0-1'; the map has 0–0.5, 0.5–1"),
+        (["plot", "steps.nc", "--select", "site=unet.mid.0.resnet"], "error: cannot choose 'site="),
+        (["compare", "map.nc", "map.nc", "--select", "token=eos"], "error: cannot choose 'token=eos'"),
         (["plot", "map.nc", "--kind", "images"], "error: this map keeps no images"),
         (["compare", "map.nc", "map.nc"], "error: k=5 needs at least 5 places"),
     ],
 )
 def test_mistakes_become_messages(run, tmp_path, arguments, message):
     save_map(make_map([[[1.0, 2.0]]]), tmp_path / "map.nc")
+    save_map(make_map([[[[1.0, 2.0]]]], window=["0–0.5", "0.5–1"]), tmp_path / "steps.nc")
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.output

@@ -11,7 +11,7 @@ import transformers
 
 import mediation
 from mediation import LPIPS, Case, ClassProbability, CLIPScore, ImageMSE, LatentDistance, bundled
-from mediation.metrics import metric_options, named_metric
+from mediation.metrics import metric_options, named_metric, named_metrics
 from tests import tiny
 
 CASES = [Case("a cat", subject="cat"), Case("a dog in ink style", subject="dog")]
@@ -112,6 +112,13 @@ def test_metrics_have_names(tiny_pipe):
         named_metric(tiny_pipe, "clip_score")
     with pytest.raises(ValueError, match="a scorer is for clip_score, not for image_mse"):
         named_metric(tiny_pipe, "image_mse", folder)
+    assert named_metrics(tiny_pipe, []) == LatentDistance()
+    assert named_metrics(tiny_pipe, ["image_mse"]) == ImageMSE()
+    score, distance = named_metrics(tiny_pipe, ["clip_score", "image_mse"], folder)
+    assert score(images, None, CASES) == pytest.approx(found(images, None, CASES))
+    assert distance == ImageMSE()
+    with pytest.raises(ValueError, match="a scorer is for clip_score, not for image_mse"):
+        named_metrics(tiny_pipe, ["image_mse", "latent_distance"], folder)
 
 
 def test_class_probability_is_a_softmax_at_the_subject_or_the_target():

@@ -49,6 +49,10 @@ def test_heads_transformers_and_blocks_are_listed_on_request(tiny_pipe):
     assert [site.name for site in transformers] == [f"unet.up.1.{i}.transformer" for i in range(2)]
     assert transformers[1].path == "up_blocks.1.attentions.1"
     assert not {"transformer", "block"} & {site.component for site in mediation.sites(tiny_pipe)}
+    names = [block.name for block in mediation.sites(tiny_pipe, network="unet", name="unet.*.block")]
+    assert names == [block.name for block in blocks], "a name that nothing else has"
+    middle = mediation.sites(tiny_pipe, name="unet.mid.*")
+    assert "block" not in {site.component for site in middle}, "one that other sites have"
     for wrong in ("mlp", "block"):
         with pytest.raises(ValueError, match=f"no head has component='{wrong}'; this pipeline has self_attention"):
             mediation.sites(tiny_pipe, component=wrong, heads=True)
