@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import textwrap
+import types
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
@@ -23,6 +24,7 @@ def write(
     settings: Mapping[str, object],
     scope: str,
     title: str = "Claims of causal tracing, tested",
+    scopes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Writes claims.md, claims.json, and a figure for each claim.
 
@@ -32,6 +34,7 @@ def write(
         settings: what was run, for the reader.
         scope: what the results say and do not say, in words.
         title: of the page.
+        scopes: what the results say and do not say of single claims, by their names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for claim in claims:
@@ -41,13 +44,16 @@ def write(
     records = {
         "settings": dict(settings),
         "scope": scope,
+        **({"scopes": dict(scopes)} if scopes else {}),
         "claims": [plain(dataclasses.asdict(one)) for one in claims],
     }
     (folder / "claims.json").write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
-    (folder / "claims.md").write_text(as_markdown(claims, settings, scope, title))
+    (folder / "claims.md").write_text(as_markdown(claims, settings, scope, title, scopes))
 
 
-def as_markdown(claims: Sequence[Claim], settings: Mapping[str, object], scope: str, title: str) -> str:
+def as_markdown(
+    claims: Sequence[Claim], settings: Mapping[str, object], scope: str, title: str, scopes: Mapping[str, str]
+) -> str:
     """The claims as a page: verdicts first, then a table for each."""
     lines = [
         f"# {title}",
@@ -67,6 +73,7 @@ def as_markdown(claims: Sequence[Claim], settings: Mapping[str, object], scope: 
             "",
             f"**{claim.verdict.capitalize()}.** Rule, for each attribute: {claim.rule}.",
             "",
+            *([scopes[claim.name], ""] if claim.name in scopes else []),
             f"Estimate: {claim.quantity}. Control: {claim.control}. Brackets: bootstrap intervals over cases.",
             "",
             "| attribute | place | estimate | control | sham | verdict | why |",

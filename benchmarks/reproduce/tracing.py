@@ -49,6 +49,32 @@ _SCOPES = {
 }
 
 
+_CLAIM_SCOPES = {
+    "one_text_state": (
+        "For SD 1.4, this tests whether causal attention and contrastive training, which both text encoders share, are"
+        " enough to make that state the only one; it does not say where SD 1.4, whose encoder has twelve layers and"
+        " learned from other texts, holds a subject."
+    ),
+    "distributed": (
+        "For SD 1.4, this tests whether layers of the kinds that both U-Nets are made of spread knowledge by"
+        " themselves; it does not say how widely SD 1.4, with 70 sites and far more to draw, spreads its own."
+    ),
+    "differs_by_attribute": (
+        "For SD 1.4, this tests whether a U-Net of such layers keeps different attributes at different sites; it does"
+        " not say at which sites of SD 1.4 any attribute is, since the layers of the two do not correspond."
+    ),
+    "cross_attention_not_causal": (
+        "For SD 1.4, this tests whether cross-attentions are bound not to be causal, although text enters either U-Net"
+        " by them alone; it does not say whether any of the 16 of SD 1.4 is."
+    ),
+    "first_self_attention_for_style": (
+        "For SD 1.4, this tests whether the first self-attention, before which either U-Net reads no text in a step, is"
+        " bound to carry style and nothing else; it does not say what it carries in SD 1.4, whose styles are those of"
+        " artists and not five of emoji."
+    ),
+}
+
+
 def make_tasks(pipe: DiffusionPipeline, options: argparse.Namespace) -> tuple[list[Task], str]:
     """The maps to make, and the fingerprint of what makes them."""
     score = named_metric(pipe, None, options.scorer)
@@ -104,14 +130,16 @@ def make_maps(pipe: DiffusionPipeline, tasks: Sequence[Task], folder: pathlib.Pa
         print(f"{path} {seconds:.0f} s, {cost / seconds:.0f} row-evaluations per second", flush=True)
 
 
-def write_claims(tasks: Sequence[Task], folder: pathlib.Path, settings: dict[str, object], scope: str) -> None:
+def write_claims(
+    tasks: Sequence[Task], folder: pathlib.Path, settings: dict[str, object], scope: str, scopes: dict[str, str]
+) -> None:
     """Puts the claims to the maps, by each metric on its own, and prints the verdicts."""
     found = {(task.network, task.attribute): open_map(maps.map_path(task, folder / "maps")) for task in tasks}
     for metric in next(iter(found.values())).metric.values.tolist():
         chosen = {key: effects.sel(metric=metric, drop=True) for key, effects in found.items()}
         denoiser, text = ({a: one for (n, a), one in chosen.items() if n == network} for network in maps.NETWORKS)
         claims = all_claims(denoiser, text)
-        report.write(claims, folder / metric, settings | {"metric": metric}, scope)
+        report.write(claims, folder / metric, settings | {"metric": metric}, scope, scopes=scopes)
         for claim in claims:
             print(f"{metric}: {claim.name}: {claim.verdict}")
 
@@ -163,7 +191,8 @@ def main() -> None:
         "guidance": options.guidance_scale,
     }
     settings |= {"dtype": options.dtype} if options.dtype else {}
-    write_claims(tasks, options.output, settings, _SCOPES["other" if options.cases else "emoji"])
+    scope, scopes = (_SCOPES["other"], {}) if options.cases else (_SCOPES["emoji"], _CLAIM_SCOPES)
+    write_claims(tasks, options.output, settings, scope, scopes)
 
 
 if __name__ == "__main__":

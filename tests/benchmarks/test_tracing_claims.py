@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 
 import numpy
 import pytest
 
-from benchmarks.reproduce import report
+from benchmarks.reproduce import report, tracing
 from benchmarks.reproduce.agreement import SMALL, differs, judge_gap
 from benchmarks.reproduce.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate, judge, random_place, shares
 from benchmarks.reproduce.simultaneous import ratio_intervals
@@ -276,13 +277,35 @@ def test_without_a_total_effect_shares_say_nothing():
         assert all("no total effect" in one.reason for one in claim.findings)
 
 
+def test_every_claim_says_what_it_tells_of_the_paper_s_model():
+    claims = all_claims({"style": denoiser(RESNETS)}, {"style": text()})
+    sentences = [tracing._CLAIM_SCOPES[claim.name] for claim in claims]
+    assert len(set(sentences)) == len(tracing._CLAIM_SCOPES) == len(claims)
+    assert all("tests whether" in one and "it does not say" in one for one in sentences)
+
+
+def test_the_device_is_for_other_models(monkeypatch, capsys):
+    given = ["tracing", "--device", "cuda", "--dtype", "float16"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit):
+        tracing.parse()
+    assert "--device and --dtype are for --model" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*given, "--model", "sd", "--cases", "cases.csv"])
+    options = tracing.parse()
+    assert (options.device, options.dtype) == ("cuda", "float16")
+
+
 def test_reports_say_what_the_claims_say(tmp_path):
     """A single case has no interval: NaN, which JSON lacks."""
     maps = {"style": denoiser(RESNETS), "object": denoiser(RESNETS, seed=1).isel(case=[0])}
     claims = all_claims(maps, {"style": text()})
-    report.write(claims, tmp_path, {"steps": 5}, "What this says.")
+    scopes = {claims[1].name: "What this claim says."}
+    report.write(claims, tmp_path, {"steps": 5}, "What this says.", scopes=scopes)
     page = (tmp_path / "claims.md").read_text()
     data = json.loads((tmp_path / "claims.json").read_text())
+    assert data["scopes"] == scopes
+    (section,) = [part for part in page.split("## ") if "What this claim says." in part]
+    assert section.startswith(claims[1].statement)
     assert [one["verdict"] for one in data["claims"]] == [one.verdict for one in claims]
     for claim, record in zip(claims, data["claims"], strict=True):
         assert f"| {claim.statement} | **{claim.verdict}** |" in page
