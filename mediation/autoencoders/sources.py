@@ -5,6 +5,7 @@ the same whenever it is asked for, so that training can stop after any of them a
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from mediation.autoencoders.observing import check_prompts, observe
 from mediation.autoencoders.places import Place
+from mediation.parameters import digest
 from mediation.provenance import provenance
 from mediation.sampling import Sampling
 
@@ -103,7 +105,7 @@ class Streamed:
             "guidance_scale": self._sampling.guidance_scale,
             "buffer": self._buffer,
             "seed": self._seed,
-            **provenance(self._pipe),
+            **origin(self._pipe),
         }
 
     def _draw(self, stream: int, n_positions: int) -> torch.Tensor:
@@ -176,3 +178,18 @@ def choose_prompts(n_prompts: int, n: int, *, seed: int, stream: int) -> tuple[l
     """Which prompts are drawn, and from which seeds; other streams share no noise."""
     rng = numpy.random.default_rng([seed, stream])
     return rng.integers(n_prompts, size=n).tolist(), rng.integers(2**31, size=n).tolist()
+
+
+def origin(pipe: DiffusionPipeline) -> dict:
+    """What in a pipeline decides on its activations: names and versions, a digest of all weights, the scheduler.
+
+    Example:
+        >>> import mediation
+        >>> sorted(origin(mediation.load_pipeline()))
+        ['pipeline', 'scheduler', 'versions', 'weights']
+    """
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    scheduler = {"class": type(pipe.scheduler).__name__} | settings
+    # as text: some schedulers' settings are infinite, which JSON has no numbers for
+    told = json.dumps(scheduler, sort_keys=True, default=str)
+    return provenance(pipe) | {"weights": digest(pipe), "scheduler": told}

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from mediation.autoencoders.observing import check_prompts, observe, rows_that_fit
 from mediation.autoencoders.places import Place
-from mediation.autoencoders.sources import choose_prompts
-from mediation.provenance import provenance
+from mediation.autoencoders.sources import choose_prompts, origin
 from mediation.sampling import Sampling
 
 
@@ -34,7 +33,8 @@ def collect_activations(
     Args:
         pipe: a diffusers pipeline of a supported family.
         prompts: drawn from at random.
-        path: folder of the group. If it is there, it must have been made with the same arguments.
+        path: folder of the group. If it is there, it must have been made with the same arguments, of a pipeline with
+            the same weights and scheduler, and by the same versions of the software.
         places: what to store; all of them are read in one run.
         n_images: how many pictures.
         seed: of the choice of prompts, and of the noise.
@@ -48,8 +48,8 @@ def collect_activations(
 
     Raises:
         ImportError: if zarr is not installed.
-        KeyError, ValueError: before any work, if an argument does not fit the pipeline, or the folder was made with
-            other arguments, or holds something else.
+        KeyError, ValueError: before any work, if an argument does not fit the pipeline, or the folder was made of
+            another one or with other arguments, or holds something else.
 
     Example:
         >>> import mediation, tempfile
@@ -77,7 +77,7 @@ def collect_activations(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "batch_size": size,
-        **provenance(pipe),
+        **origin(pipe),
     }
     settings = json.loads(json.dumps(settings))
     sampling = Sampling(num_inference_steps, guidance_scale)
@@ -86,8 +86,12 @@ def collect_activations(
     if _is_foreign(zarr, pathlib.Path(path)):
         raise ValueError(f"{path} holds something else than collected activations: choose another path, or remove it")
     group = zarr.open_group(path, mode="a")
-    if group.attrs.get("settings", settings) != settings:
-        raise ValueError(f"{path} was collected with other arguments: choose another path, or remove it")
+    known = group.attrs.get("settings", settings)
+    if differing := sorted(name for name in settings if known.get(name) != settings[name]):
+        raise ValueError(
+            f"{path} was collected from another pipeline, or with other arguments ({', '.join(differing)} differ):"
+            " choose another path, or remove it"
+        )
     n_done = int(group.attrs.get("n_done", 0))
     if n_done < n_images:
         drawn = [prompts[i] for i in chosen[n_done:]]

@@ -4,6 +4,7 @@ import collections
 import types
 import weakref
 
+import diffusers
 import hypothesis
 import numpy
 import pytest
@@ -203,6 +204,25 @@ def test_streaming_is_training_on_what_the_pipeline_computes(tiny_pipe):
     assert sae.place == place
     assert sae.metadata["training"]["source"]["n_prompts"] == 3
     assert sae.metadata["training"]["history"][-1]["n_positions"] == 600
+
+
+# diffusers' solver makes arrays of tensors in a way that numpy 2 deprecates
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("changed", ["weights", "scheduler"])
+def test_streamed_training_goes_on_with_the_model_it_began_with(fresh_pipe, tmp_path, changed):
+    options = {"site": "unet.mid.0", "n_latents": 16, "k": 2, "recipe": Recipe(n_positions=8, batch_size=4)}
+    options |= {"num_inference_steps": 2, "checkpoint": tmp_path / "training.safetensors", "progress": False}
+    # this one's settings are infinite in part, and kept nevertheless
+    fresh_pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(fresh_pipe.scheduler.config)
+    mediation.train_sae(fresh_pipe, ["a cat"], **options)
+    mediation.train_sae(fresh_pipe, ["a cat"], **options)
+    if changed == "weights":
+        with torch.no_grad():
+            fresh_pipe.unet.conv_in.bias[0] += 0.1
+    else:
+        fresh_pipe.scheduler = diffusers.DDIMScheduler.from_config(fresh_pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"another training \(source differ\)"):
+        mediation.train_sae(fresh_pipe, ["a cat"], **options)
 
 
 def test_one_window_is_in_memory_at_a_time(tiny_pipe, monkeypatch):
