@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from mediation.autoencoders.model import SparseAutoencoder
 from mediation.autoencoders.places import Place
 from mediation.autoencoders.sources import Source, Stored, Streamed
+from mediation.autoencoders.store import origin_of
 from mediation.autoencoders.training import Recipe, train
 from mediation.provenance import provenance
 from mediation.sampling import Sampling
@@ -105,11 +106,12 @@ def fit_sae(
         recipe: how long and how to train.
         seed: of the initial weights and of the order.
         buffer: positions that are shuffled at a time, at most.
-        checkpoint: a .safetensors file in which training is kept after each window, and from which it goes on.
+        checkpoint: a .safetensors file in which training is kept after each window, and from which it goes on; not on
+            other activations, by a hash of some of them.
         progress: shows a progress bar on a terminal.
 
     Returns:
-        As `train_sae`.
+        As `train_sae`. Of what `collect_activations` stored, the metadata has prompts, counts, seed and pipeline, too.
 
     Raises:
         ValueError: before any work, if an argument is out of its range.
@@ -120,7 +122,7 @@ def fit_sae(
         >>> mediation.fit_sae(points, k=2, recipe=mediation.Recipe(n_positions=2000, batch_size=100))
         SparseAutoencoder(8 features, 32 latents, topk, k=2)
     """
-    source = Stored(activations, buffer=buffer)
+    source = Stored(activations, buffer=buffer, origin=origin_of(activations))
     sae = _new(source, n_latents, k, activation, place, seed, {})
     return train(sae, source, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
 

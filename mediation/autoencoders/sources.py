@@ -7,7 +7,7 @@ the same whenever it is asked for, so that training can stop after any of them a
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy
@@ -16,11 +16,12 @@ from diffusers import DiffusionPipeline
 
 from mediation.autoencoders.observing import check_prompts, observe
 from mediation.autoencoders.places import Place
-from mediation.parameters import digest
+from mediation.parameters import digest, sha256
 from mediation.provenance import provenance
 from mediation.sampling import Sampling
 
 _N_HELD_OUT = 8192  # positions, at most
+_N_HASHED = 32  # rows of an array; one each, as of a Zarr array a whole chunk is read for it
 
 
 class Source(Protocol):
@@ -134,6 +135,7 @@ class Stored:
     Args:
         array: (position, feature), of numpy, torch or Zarr, in any precision.
         buffer: positions in a window, at most; all windows are about equally large.
+        origin: where the activations come from, as plain JSON, if that is known.
 
     Raises:
         ValueError: if the array has another shape, or too few positions to hold some out.
@@ -144,13 +146,13 @@ class Stored:
         (torch.Size([5, 2]), torch.Size([47, 2]), torch.Size([48, 2]))
     """
 
-    def __init__(self, array, *, buffer: int):
+    def __init__(self, array, *, buffer: int, origin: Mapping | None = None):
         if len(array.shape) != 2 or array.shape[0] < 2:
             raise ValueError(f"expected activations (position, feature), at least two; got shape {tuple(array.shape)}")
         if buffer < 1:
             raise ValueError(f"buffer counts positions, at least 1; got {buffer}")
         n_positions, self.n_features = map(int, array.shape)
-        self._array, self._buffer = array, buffer
+        self._array, self._buffer, self._origin = array, buffer, dict(origin or {})
         self._n_kept = n_positions - max(1, min(_N_HELD_OUT, n_positions // 20))
 
     def held_out(self) -> torch.Tensor:
@@ -164,8 +166,16 @@ class Stored:
         return self._read(start, stop)
 
     def describe(self) -> dict:
-        """What is known of the array, as plain JSON."""
-        return {"kind": "stored", "shape": [int(n) for n in self._array.shape], "buffer": self._buffer}
+        """What is known of the array, as plain JSON, with a hash of some rows, by which it is told from others."""
+        n_positions = int(self._array.shape[0])
+        places = sorted({i * (n_positions - 1) // (_N_HASHED - 1) for i in range(_N_HASHED)})
+        return {
+            "kind": "stored",
+            "shape": [n_positions, self.n_features],
+            "buffer": self._buffer,
+            "rows": sha256(torch.cat([self._read(i, i + 1) for i in places])),
+            "origin": self._origin,
+        }
 
     def _read(self, start: int, stop: int) -> torch.Tensor:
         found = self._array[start:stop]

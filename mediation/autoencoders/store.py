@@ -122,6 +122,20 @@ def open_activations(path: str | os.PathLike) -> dict[Place, object]:
     return {Place(**place): group[str(number)] for number, place in enumerate(settings["places"])}
 
 
+def origin_of(array) -> dict:
+    """What a store says of one of its arrays: prompts, counts, seed, sampling, pipeline; {} of any other array."""
+    if not (hasattr(array, "store") and hasattr(array, "path")):  # no Zarr
+        return {}
+    folder, _, name = array.path.rpartition("/")
+    try:
+        settings = dict(_zarr().open_group(array.store, path=folder, mode="r").attrs.get("settings", {}))
+    except (FileNotFoundError, ValueError):  # an array in no group
+        return {}
+    if not (name.isdecimal() and int(name) < len(settings.get("places", ()))):
+        return {}
+    return {"place": settings.pop("places")[int(name)]} | settings
+
+
 def _write(group, name: str, activations, n_done: int, n_images: int, size: int) -> None:
     """Puts the activations (row, step, y, x, feature) of the next rows where they belong."""
     n_positions = activations[0, ..., 0].numel()

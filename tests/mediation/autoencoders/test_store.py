@@ -10,6 +10,7 @@ from mediation import Place
 from mediation.autoencoders import store
 from mediation.autoencoders.observing import observe
 from mediation.autoencoders.sources import choose_prompts
+from mediation.parameters import digest
 from mediation.sampling import Sampling
 
 zarr = pytest.importorskip("zarr")
@@ -30,7 +31,24 @@ def test_what_is_stored_is_what_is_observed(tiny_pipe, tmp_path):
     recipe = mediation.Recipe(n_positions=2000, batch_size=200)
     options = {"n_latents": 16, "k": 2, "recipe": recipe, "progress": False}
     sae = mediation.fit_sae(arrays[PLACES[0]], place=PLACES[0], **options)
-    assert sae.metadata["training"]["source"]["shape"] == [640, 8]
+    source = sae.metadata["training"]["source"]
+    assert source["shape"] == [640, 8]
+    said = {"n_images": 5, "n_prompts": 3, "seed": 2, "num_inference_steps": 2, "guidance_scale": 4.0}
+    assert said.items() <= source["origin"].items()
+    assert Place(**source["origin"]["place"]) == PLACES[0]
+    assert source["origin"]["pipeline"]["class"] == "StableDiffusionPipeline"
+    assert source["origin"]["weights"] == digest(tiny_pipe)
+    sae.save_pretrained(tmp_path / "sae")
+    assert mediation.SparseAutoencoder.from_pretrained(tmp_path / "sae").metadata == sae.metadata
+
+
+@pytest.mark.parametrize("where", ["alone", "in a group"])
+def test_of_other_arrays_nothing_is_said(tmp_path, where):
+    if where == "alone":
+        array = zarr.create_array(tmp_path / "a.zarr", shape=(4, 2), dtype="float32")
+    else:
+        array = zarr.open_group(tmp_path / "a.zarr", mode="w").create_array("0", shape=(4, 2), dtype="float32")
+    assert store.origin_of(array) == {}
 
 
 def test_an_interrupted_store_is_completed(tiny_pipe, tmp_path, monkeypatch):

@@ -156,6 +156,18 @@ def test_going_on_equals_never_having_stopped(tmp_path):
         train(SparseAutoencoder(D, 41, 2), source, recipe, checkpoint=path, **options)
 
 
+def test_training_does_not_go_on_with_other_activations(tmp_path):
+    """Of the same shape; and it goes on with the same ones, of whatever kind the array is."""
+    x = planted(n=1000)[0]
+    options = {"n_latents": 32, "k": 2, "buffer": 500, "checkpoint": tmp_path / "training.safetensors"}
+    options |= {"recipe": Recipe(n_positions=900, batch_size=100), "progress": False}
+    sae = mediation.fit_sae(x, **options)
+    assert torch.equal(mediation.fit_sae(x.numpy(), **options).decoder, sae.decoder)
+    for other in (x + 5, x.flip(0)):
+        with pytest.raises(ValueError, match=r"another training \(source differ\)"):
+            mediation.fit_sae(other, **options)
+
+
 @hypothesis.given(n=strategies.integers(2, 400), buffer=strategies.integers(1, 400))
 def test_windows_are_about_equally_large_and_hold_each_position_once(n, buffer):
     source = Stored(numpy.arange(float(n))[:, None], buffer=buffer)
