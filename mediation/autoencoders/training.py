@@ -170,7 +170,9 @@ def train(
         The autoencoder, its weights frozen.
 
     Raises:
-        ValueError: before any step, if widths differ, or the checkpoint is of another training.
+        ValueError: before any step, if widths differ, or the checkpoint is of another training, or there is nothing to
+            learn from, or to judge by, in what is held out.
+        ValueError: after some steps, if the loss is not finite; the checkpoint is of the window before.
     """
     if source.n_features != sae.n_features:
         raise ValueError(f"the source has {source.n_features} features, and the autoencoder reads {sae.n_features}")
@@ -186,6 +188,8 @@ def train(
     if path is not None and path.exists():
         history = _resume(trainer, path, told)
     held_out = source.held_out()
+    if not torch.isfinite(held_out).all() or not (held_out != held_out[:1]).any():
+        raise ValueError(f"the {len(held_out)} activations that are held out must be finite, and not all alike")
     options = {"unit": "position", "unit_scale": True, "disable": None if progress else True}
     with tqdm(total=recipe.n_positions, initial=trainer.n_seen, desc="training", **options) as bar:
         while trainer.n_seen < recipe.n_positions and not _has_stalled(history, recipe.patience):
@@ -219,7 +223,13 @@ def _train_on(trainer: Trainer, activations: torch.Tensor, *, seed: int, window:
     for batch in order.split(size):
         if found and (len(batch) < size or trainer.n_seen >= trainer.recipe.n_positions):
             break
-        found.append(trainer.step(activations[batch].to(device)))
+        n_before, loss = trainer.n_seen, trainer.step(activations[batch].to(device))
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} after {n_before} positions: there are activations that are not finite among the"
+                " next, or the learning rate is too high; a checkpoint, if there is one, is of the window before"
+            )
+        found.append(loss)
     return sum(found) / len(found)
 
 

@@ -271,10 +271,33 @@ def test_recipes_that_cannot_be_followed_are_errors(wrong, message):
         Recipe(**wrong)
 
 
+@pytest.mark.parametrize("value", [numpy.inf, numpy.nan])
+def test_activations_that_are_not_finite_are_noticed_wherever_they_are(tmp_path, value):
+    """In the third window, training ends there, and goes on from the second when they are mended."""
+    x = planted(n=1000)[0].numpy()
+    options = {"n_latents": 32, "k": 2, "buffer": 320, "checkpoint": tmp_path / "training.safetensors"}
+    options |= {"recipe": Recipe(n_positions=900, batch_size=100), "progress": False}
+    whole = mediation.fit_sae(x, **options | {"checkpoint": None})
+    broken = x.copy()
+    broken[800, 3] = value
+    with pytest.raises(ValueError, match=r"the loss is (inf|nan) after (6|7|8)00 positions"):
+        mediation.fit_sae(broken, **options)
+    assert torch.equal(mediation.fit_sae(x, **options).decoder, whole.decoder)
+    broken = x.copy()
+    broken[-1, 3] = value
+    with pytest.raises(ValueError, match="the 50 activations that are held out must be finite"):
+        mediation.fit_sae(broken, **options | {"checkpoint": None})
+    with pytest.raises(ValueError, match="the 1 activations that are held out"):
+        mediation.fit_sae(x[:30], **options | {"checkpoint": None})
+
+
 def test_activations_without_anything_to_learn_are_errors():
     for wrong in (numpy.ones((50, 4)), numpy.full((50, 4), numpy.nan)):
-        with pytest.raises(ValueError, match="nothing to learn"):
+        with pytest.raises(ValueError, match="finite, and not all alike"):
             mediation.fit_sae(wrong, progress=False)
+    flat = numpy.r_[numpy.ones((950, 4)), numpy.arange(200.0).reshape(50, 4)]
+    with pytest.raises(ValueError, match="nothing to learn"):
+        mediation.fit_sae(flat, progress=False)
     with pytest.raises(ValueError, match="at least two"):
         mediation.fit_sae(numpy.ones((1, 4)), progress=False)
     with pytest.raises(ValueError, match="16 features"):
