@@ -29,9 +29,11 @@ class Source(Protocol):
 
     Attributes:
         n_features: width of the activations.
+        n_positions: positions that every window has, at least.
     """
 
     n_features: int
+    n_positions: int
 
     def held_out(self) -> torch.Tensor:
         """Activations (position, feature) that are in no window."""
@@ -84,7 +86,8 @@ class Streamed:
         self._buffer, self._seed, self._batch_size = buffer, seed, batch_size
         (first,) = observe(pipe, self._prompts[:1], [seed], [place], sampling=sampling)
         sample = first.activations[place][0]
-        self.n_features, self._n_positions = sample.shape[-1], sample[..., 0].numel()
+        self.n_features, self._n_of_picture = sample.shape[-1], sample[..., 0].numel()
+        self.n_positions = self._n_images(buffer) * self._n_of_picture
 
     def held_out(self) -> torch.Tensor:
         """Activations (position, feature) that are in no window: the same prompts, other noise."""
@@ -110,7 +113,7 @@ class Streamed:
         }
 
     def _draw(self, stream: int, n_positions: int) -> torch.Tensor:
-        n_images = math.ceil(n_positions / self._n_positions)
+        n_images = self._n_images(n_positions)
         chosen, seeds = choose_prompts(len(self._prompts), n_images, seed=self._seed, stream=stream)
         found = observe(
             self._pipe,
@@ -120,13 +123,16 @@ class Streamed:
             sampling=self._sampling,
             batch_size=self._batch_size,
         )
-        drawn, start = torch.empty(n_images * self._n_positions, self.n_features), 0
+        drawn, start = torch.empty(n_images * self._n_of_picture, self.n_features), 0
         for one in found:
             part = one.activations[self._place].flatten(0, -2)
             drawn[start : start + len(part)] = part
             start += len(part)
             del one, part  # before the next ones are there
         return drawn
+
+    def _n_images(self, n_positions: int) -> int:
+        return math.ceil(n_positions / self._n_of_picture)
 
 
 class Stored:
@@ -154,6 +160,8 @@ class Stored:
         n_positions, self.n_features = map(int, array.shape)
         self._array, self._buffer, self._origin = array, buffer, dict(origin or {})
         self._n_kept = n_positions - max(1, min(_N_HELD_OUT, n_positions // 20))
+        self._n_windows = math.ceil(self._n_kept / buffer)
+        self.n_positions = self._n_kept // self._n_windows
 
     def held_out(self) -> torch.Tensor:
         """The last twentieth, which is in no window."""
@@ -161,8 +169,7 @@ class Stored:
 
     def window(self, number: int) -> torch.Tensor:
         """Activations (position, feature) of a window; after the last, they begin anew."""
-        n_windows = math.ceil(self._n_kept / self._buffer)
-        start, stop = ((number % n_windows + i) * self._n_kept // n_windows for i in (0, 1))
+        start, stop = ((number % self._n_windows + i) * self._n_kept // self._n_windows for i in (0, 1))
         return self._read(start, stop)
 
     def describe(self) -> dict:

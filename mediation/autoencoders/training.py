@@ -16,6 +16,7 @@ from mediation.autoencoders.objective import PART, explained_variance, geometric
 from mediation.autoencoders.sources import Source
 
 _AUXILIARY_WEIGHT = 1 / 32
+_N_STEP = 4096  # positions, unless a recipe says otherwise
 _N_MEDIAN = 16_384  # positions that the bias is first found from, at most
 _WORTHWHILE = 1e-3  # gain in explained variance that counts as progress
 _KIND = "mediation.training/1"
@@ -27,7 +28,8 @@ class Recipe:
 
     Args:
         n_positions: activations to train on, of one position each.
-        batch_size: positions of a step.
+        batch_size: positions of a step, no more than a window of activations holds; None is 4096, or as many as there
+            are if a window holds fewer, or training is to see fewer.
         learning_rate: None is 2e-4 √(2¹⁴ / n_latents), the law of Gao et al.; Tinaz et al. use 1e-4. It falls to 0
             over the last fifth of training.
         n_auxiliary: dead latents that each position may use for what is left of it (AuxK); 0 leaves dead latents alone.
@@ -39,12 +41,12 @@ class Recipe:
         ValueError: if a number is out of its range.
 
     Example:
-        >>> Recipe(n_positions=10_000).batch_size
+        >>> Recipe(n_positions=10_000).resolved(n_window=5000).batch_size
         4096
     """
 
     n_positions: int = 1_000_000
-    batch_size: int = 4096
+    batch_size: int | None = None
     learning_rate: float | None = None
     n_auxiliary: int = 256
     dead_after: int = 200_000
@@ -52,14 +54,30 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("n_positions", "batch_size", "dead_after"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size > self.n_positions:
+            raise ValueError(f"a step of batch_size={self.batch_size} is more than n_positions={self.n_positions}")
         if self.n_auxiliary < 0:
             raise ValueError(f"n_auxiliary must be at least 0, got {self.n_auxiliary}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience counts windows, at least 1; got {self.patience}")
+
+    def resolved(self, n_window: int) -> "Recipe":
+        """The same with a number for the batch size, where windows hold at least `n_window` positions.
+
+        Raises:
+            ValueError: if a step takes more.
+        """
+        size = min(_N_STEP, self.n_positions, n_window) if self.batch_size is None else self.batch_size
+        if size > n_window:
+            raise ValueError(
+                f"a step takes batch_size={size} positions, and a window holds {n_window}: pass a larger buffer, a"
+                " smaller batch_size, or more activations"
+            )
+        return dataclasses.replace(self, batch_size=size)
 
 
 class Trainer:
@@ -114,8 +132,8 @@ class Trainer:
             self._optimizer.step()
             directions /= directions.norm(dim=1, keepdim=True)
             if self.sae.activation == "batch_topk":
-                n_steps = self.n_seen // self.recipe.batch_size
-                self.sae.threshold.lerp_(found.smallest, max(0.01, 1 / (n_steps + 1)))
+                n_steps = int(self._optimizer.state[self.sae.bias]["step"])
+                self.sae.threshold.lerp_(found.smallest, max(0.01, 1 / n_steps))
             self.silent_for += len(activations)
             self.silent_for[found.fired] = 0
         self.n_seen += len(activations)
@@ -170,12 +188,13 @@ def train(
         The autoencoder, its weights frozen.
 
     Raises:
-        ValueError: before any step, if widths differ, or the checkpoint is of another training, or there is nothing to
-            learn from, or to judge by, in what is held out.
+        ValueError: before any step, if widths differ, or a step takes more than a window holds, or the checkpoint is of
+            another training, or there is nothing to learn from, or to judge by, in what is held out.
         ValueError: after some steps, if the loss is not finite; the checkpoint is of the window before.
     """
     if source.n_features != sae.n_features:
         raise ValueError(f"the source has {source.n_features} features, and the autoencoder reads {sae.n_features}")
+    recipe = recipe.resolved(source.n_positions)
     path = None if checkpoint is None else tensorfiles.checked_path(checkpoint)
     told = {
         "autoencoder": sae.config,
@@ -221,7 +240,7 @@ def _train_on(trainer: Trainer, activations: torch.Tensor, *, seed: int, window:
     order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(state))
     device, size, found = trainer.sae.bias.device, trainer.recipe.batch_size, []
     for batch in order.split(size):
-        if found and (len(batch) < size or trainer.n_seen >= trainer.recipe.n_positions):
+        if len(batch) < size or trainer.n_seen >= trainer.recipe.n_positions:
             break
         n_before, loss = trainer.n_seen, trainer.step(activations[batch].to(device))
         if not math.isfinite(loss):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mediation
 from mediation import Place, Recipe, SparseAutoencoder
 from mediation.autoencoders import sources
+from mediation.autoencoders.objective import losses
 from mediation.autoencoders.sources import Stored, Streamed
 from mediation.autoencoders.training import Trainer, train
 from mediation.sampling import Sampling
@@ -192,6 +193,43 @@ def test_tensors_are_read_in_any_precision_and_with_or_without_gradients(dtype):
     assert torch.equal(sae.decoder, mediation.fit_sae(x.float(), **options).decoder)
 
 
+def test_steps_take_as_many_positions_as_the_recipe_says(tiny_pipe, monkeypatch):
+    seen, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, x: seen.append(len(x)) or step(self, x))
+    x, options = planted(n=2000)[0], {"n_latents": 32, "k": 2, "progress": False}
+    with pytest.raises(ValueError, match="a step takes batch_size=951 positions, and a window holds 950"):
+        mediation.fit_sae(x, buffer=1000, recipe=Recipe(n_positions=5000, batch_size=951), **options)
+    # a window is of three pictures with 64 positions each
+    streamed = {"site": "unet.down.0.0", "buffer": 150, "num_inference_steps": 2, **options}
+    with pytest.raises(ValueError, match="a step takes batch_size=193 positions, and a window holds 192"):
+        mediation.train_sae(tiny_pipe, ["a cat"], recipe=Recipe(n_positions=384, batch_size=193), **streamed)
+    assert not seen
+    for recipe, buffer, size in [
+        (Recipe(n_positions=1900, batch_size=950), 1000, 950),
+        (Recipe(n_positions=1900), 1000, 950),
+        (Recipe(n_positions=600), 1000, 600),
+        (Recipe(n_positions=1900, batch_size=500), 1000, 500),
+    ]:
+        sae = mediation.fit_sae(x, buffer=buffer, recipe=recipe, **options)
+        assert set(seen) == {size}
+        assert sae.metadata["training"]["recipe"]["batch_size"] == size
+        seen.clear()
+    mediation.train_sae(tiny_pipe, ["a cat"], recipe=Recipe(n_positions=384, batch_size=192), **streamed)
+    assert seen == [192, 192]
+
+
+def test_thresholds_count_the_steps_that_were_taken():
+    """The first hundred steps' smallest latents count alike, whatever the steps' sizes."""
+    x, _ = planted(n=1000)
+    trainer = Trainer(SparseAutoencoder(D, 40, 2, activation="batch_topk"), Recipe(n_positions=10_000, batch_size=500))
+    trainer.prepare(x)
+    smallest = []
+    for batch in x.split(100):
+        smallest.append(float(losses(trainer.sae, batch, trainer.dead, 0).smallest))
+        trainer.step(batch)
+        assert float(trainer.sae.threshold) == pytest.approx(sum(smallest) / len(smallest), rel=1e-5)
+
+
 def test_training_stops_when_nothing_more_is_learned():
     x = torch.randn(2000, D, generator=torch.Generator().manual_seed(0))  # nothing sparse about it
     recipe = Recipe(n_positions=1_000_000, batch_size=200, patience=2, learning_rate=1e-9)
@@ -261,6 +299,7 @@ def test_one_window_is_in_memory_at_a_time(tiny_pipe, monkeypatch):
     [
         ({"n_positions": 0}, "n_positions must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 101, "n_positions": 100}, "a step of batch_size=101 is more than n_positions=100"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"n_auxiliary": -1}, "at least 0"),
         ({"patience": 0}, "at least 1"),
@@ -288,7 +327,7 @@ def test_activations_that_are_not_finite_are_noticed_wherever_they_are(tmp_path,
     with pytest.raises(ValueError, match="the 50 activations that are held out must be finite"):
         mediation.fit_sae(broken, **options | {"checkpoint": None})
     with pytest.raises(ValueError, match="the 1 activations that are held out"):
-        mediation.fit_sae(x[:30], **options | {"checkpoint": None})
+        mediation.fit_sae(x[:30], n_latents=32, k=2, progress=False)
 
 
 def test_activations_without_anything_to_learn_are_errors():
