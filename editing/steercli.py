@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 import editing
 import mediation
 from mediation.autoencoders.files import open_dictionary
+from mediation.mapfiles import check_folder
 from mediation.pipelines import quiet
 
 
@@ -46,6 +47,7 @@ def steer(
     """
     if output.suffix != ".png":
         raise ValueError(f"the picture is a .png file, got {output.name!r}")
+    check_folder(output)
     sae = mediation.SparseAutoencoder.from_pretrained(folder)
     known = None if dictionary is None else open_dictionary(dictionary)
     pipe = mediation.load_pipeline(pipeline)

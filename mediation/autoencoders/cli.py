@@ -57,6 +57,8 @@ def train(
 
     Example: mediation sae train cat-sae --site unet.up.1.0 --prompt "a cat" --latents 64 -k 4 --positions 256 --steps 2
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file, and an autoencoder is kept in a folder: choose another name")
     checkpoint = output / "training.safetensors"
     sae = mediation.train_sae(
         mediation.load_pipeline(model),

@@ -6,6 +6,8 @@ import pathlib
 import numpy
 import xarray
 
+from mediation.mapfiles import check_folder
+
 _NEEDED = ("iou", "precision", "recall", "overlap", "chance_overlap", "area", "chance_area", "active", "n_positions")
 
 
@@ -18,6 +20,7 @@ def save_dictionary(dictionary: xarray.Dataset, path: str | os.PathLike) -> None
 
     Raises:
         ValueError: if it ends otherwise.
+        FileNotFoundError: if there is no folder to keep it in.
 
     Example:
         >>> import mediation, tempfile
@@ -46,7 +49,7 @@ def open_dictionary(path: str | os.PathLike) -> xarray.Dataset:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds something else.
     """
-    path = check_path(path)
+    path = _check_name(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no dictionary at {path}")
     with xarray.open_dataset(path, engine="scipy") as found:
@@ -59,11 +62,16 @@ def open_dictionary(path: str | os.PathLike) -> xarray.Dataset:
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
-    """The path, if it ends in ".nc".
+    """The path, if a dictionary can be written there.
 
     Raises:
-        ValueError: if it ends otherwise.
+        ValueError: if it does not end in ".nc".
+        FileNotFoundError: if there is no folder to keep it in.
     """
+    return check_folder(_check_name(path))
+
+
+def _check_name(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.suffix != ".nc":
         raise ValueError(f"a concept dictionary is kept in a .nc file, got {path.name!r}")

@@ -11,6 +11,7 @@ import PIL.Image
 import xarray
 
 from mediation.autoencoders.concepts import score_latents
+from mediation.mapfiles import check_folder
 
 _PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -44,6 +45,7 @@ def write_sheet(dictionary: xarray.Dataset, path: str | os.PathLike) -> None:
 
     Raises:
         ValueError: if it ends otherwise.
+        FileNotFoundError: if there is no folder to keep it in.
     """
     path = check_path(path)
     scores = score_latents(dictionary)
@@ -54,15 +56,16 @@ def write_sheet(dictionary: xarray.Dataset, path: str | os.PathLike) -> None:
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
-    """The path, if it ends in ".html".
+    """The path, if a sheet can be written there.
 
     Raises:
-        ValueError: if it ends otherwise.
+        ValueError: if it does not end in ".html".
+        FileNotFoundError: if there is no folder to keep it in.
     """
     path = pathlib.Path(path)
     if path.suffix != ".html":
         raise ValueError(f"a sheet is an .html file, got {path.name!r}")
-    return path
+    return check_folder(path)
 
 
 def top_strip(dictionary: xarray.Dataset, latent: int) -> PIL.Image.Image:

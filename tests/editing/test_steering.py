@@ -208,3 +208,12 @@ def test_the_command_draws_both_pictures(tiny_pipe, tmp_path, monkeypatch):
     moved = numpy.sqrt(((pixels[:, :16] - pixels[:, 16:]) ** 2).mean())
     assert told["rms_change"] == pytest.approx(moved, abs=4e-3)
     assert told["rms_change"] > 0
+
+
+def test_a_picture_that_cannot_be_kept_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None: pytest.fail("nothing is to be drawn"))
+    SparseAutoencoder(16, 24, 4, place=Place("unet.up.1.0")).save_pretrained(tmp_path / "sae")
+    arguments = ["steer", str(tmp_path / "sae"), "a cat", "--concept", "5", "--strength", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "nowhere" / "cat.png")])
+    assert result.exit_code == 1
+    assert "error: there is no folder" in result.output

@@ -1,6 +1,7 @@
 """`mediation sae`: the examples in its help run, in their order, and do what the functions do."""
 
 import json
+import pathlib
 import re
 import shlex
 
@@ -55,8 +56,29 @@ def test_a_dictionary_is_written_with_its_sheet(run, monkeypatch):
     assert found.label.values.tolist() == ["left", "right"]
     n = int((found.active > 0).all("fold").sum())
     assert f"{n} of 64 latents have labels; the dictionary is in cat.nc" in result.output
-    with open("cat.html", encoding="utf-8") as file:
-        assert "<title>Latents of unet.up.1.0 at t=1, cond</title>" in file.read()
+    sheet = pathlib.Path("cat.html").read_text(encoding="utf-8")
+    assert "<title>Latents of unet.up.1.0 at t=1, cond</title>" in sheet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "a-file", "--site", "unet.mid.0", "--prompt", "a cat"], "a-file is a file, and an autoencoder is"),
+        (["dictionary", "sae", "--prompt", "a cat", "--output", "nowhere/cat.nc"], "there is no folder nowhere"),
+        (["dictionary", "sae", "--prompt", "a cat", "--sheet", "nowhere/cat.html"], "there is no folder nowhere"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_noticed_before_anything_is_drawn(run, monkeypatch, arguments, message):
+    def draw(*arguments, **options):
+        raise AssertionError("nothing is to be drawn")
+
+    for name in ("train_sae", "concept_dictionary"):
+        monkeypatch.setattr(mediation, name, draw)
+    mediation.SparseAutoencoder(8, 16, 2, place=mediation.Place("unet.down.0.0")).save_pretrained("sae")
+    pathlib.Path("a-file").touch()
+    result = run("sae", *arguments)
+    assert result.exit_code == 1
+    assert f"error: {message}" in result.output
 
 
 @pytest.mark.parametrize(
