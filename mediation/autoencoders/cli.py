@@ -1,9 +1,13 @@
 """The `mediation sae` command: trains autoencoders, shows them, and names their latents."""
 
+import contextlib
 import functools
 import importlib
 import json
+import os
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -98,7 +102,10 @@ def dictionary(
     output: Annotated[pathlib.Path, typer.Option(help="The .nc file to write.")] = pathlib.Path("dictionary.nc"),
     sheet: Annotated[pathlib.Path | None, typer.Option(help="An .html file to browse.")] = None,
     labeller: Annotated[
-        str, typer.Option(help="package.module:function that labels an image; by default, one for Emoji Diffusion.")
+        str,
+        typer.Option(
+            help="module:function that labels an image, installed or here; by default, one for Emoji Diffusion."
+        ),
     ] = "mediation.bundled:label_emoji",
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     model: Model = None,
@@ -149,11 +156,22 @@ def _all_prompts(given: list[str], path: pathlib.Path | None) -> list[str]:
 def _load(name: str) -> Labeller:
     module, _, function = name.partition(":")
     if not function:
-        raise ValueError(f"a labeller is named as package.module:function, got {name!r}")
-    found = getattr(importlib.import_module(module), function, None)
+        raise ValueError(f"a labeller is named as module:function, got {name!r}")
+    with _importable(os.getcwd()):
+        found = getattr(importlib.import_module(module), function, None)
     if found is None:
         raise ValueError(f"{module} has no {function}, which was to label images")
     return found
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules of a folder can be imported, behind all others; an installed command looks at its own folder alone."""
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]  # the last, should it be there twice
 
 
 def _describe(sae: mediation.SparseAutoencoder, as_json: bool) -> None:

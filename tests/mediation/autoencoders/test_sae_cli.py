@@ -4,7 +4,9 @@ import json
 import pathlib
 import re
 import shlex
+import sys
 
+import numpy
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 import mediation
 from mediation import bundled
 from mediation.autoencoders.files import open_dictionary
+from mediation.autoencoders.sources import Streamed
 from mediation.cli import app
 
 
@@ -42,6 +45,30 @@ def test_every_example_runs(run, tiny_pipe):
     assert json.loads(run("sae", "show", "cat-sae", "--json").output) == sae.config
 
 
+def test_training_that_was_interrupted_goes_on(run, monkeypatch):
+    arguments = ["--site", "unet.down.0.0", "--prompt", "a cat", "--latents", 16, "-k", 2, "--positions", 384]
+    arguments += ["--buffer", 128, "--steps", 2, "--seed", 3]
+    assert run("sae", "train", "whole", *arguments).exit_code == 0
+    drawn, window = [], Streamed.window
+
+    def interrupted(self, number):
+        drawn.append(number)
+        if drawn == [0, 1, 2]:
+            raise RuntimeError("a plug was pulled")
+        return window(self, number)
+
+    monkeypatch.setattr(Streamed, "window", interrupted)
+    assert "a plug was pulled" in run("sae", "train", "part", *arguments).output
+    assert [path.name for path in pathlib.Path("part").iterdir()] == ["training.safetensors"]
+    result = run("sae", "train", "part", *arguments)
+    assert result.exit_code == 0, result.output
+    assert drawn == [0, 1, 2, 2], "what was trained on is not drawn again"
+    assert not pathlib.Path("part", "training.safetensors").exists()
+    whole, part = map(mediation.SparseAutoencoder.from_pretrained, ("whole", "part"))
+    assert part.config == whole.config
+    assert part.fingerprint == whole.fingerprint
+
+
 def test_a_dictionary_is_written_with_its_sheet(run, monkeypatch):
     def sides(image):
         mask = torch.zeros(image.shape[1:], dtype=torch.bool)
@@ -58,6 +85,28 @@ def test_a_dictionary_is_written_with_its_sheet(run, monkeypatch):
     assert f"{n} of 64 latents have labels; the dictionary is in cat.nc" in result.output
     sheet = pathlib.Path("cat.html").read_text(encoding="utf-8")
     assert "<title>Latents of unet.up.1.0 at t=1, cond</title>" in sheet
+
+
+def test_labellers_of_the_working_folder_are_found(run, tmp_path):
+    (tmp_path / "labels_of_this_test.py").write_text(
+        "import numpy\n\n\ndef halves(image):\n    top = numpy.arange(image.shape[1])[:, None] < image.shape[1] // 2\n"
+        "    return {'top': top & numpy.ones(image.shape[1:], bool)}\n"
+    )
+    mediation.SparseAutoencoder(8, 16, 2, place=mediation.Place("unet.down.0.0")).save_pretrained("sae")
+    before = list(sys.path)
+    arguments = ["sae", "dictionary", "sae", "--prompt", "a cat", "--prompt", "a dog", "--steps", 2]
+    result = run(*arguments, "--labeller", "labels_of_this_test:halves")
+    assert sys.modules.pop("labels_of_this_test").__file__ == str(tmp_path / "labels_of_this_test.py")
+    assert result.exit_code == 0, result.output
+    found = open_dictionary("dictionary.nc")
+    assert (found.label.values.tolist(), found.attrs["labeller"]) == (["top"], "halves")
+    numpy.testing.assert_array_equal(found.area / found.n_positions, [[0.5], [0.5]])
+    assert sys.path == before, "it is looked at for the labeller only"
+    for wrong, message in (("labels_of_nothing:f", "No module named"), ("mylabels", "named as module:function")):
+        result = run(*arguments, "--labeller", wrong)
+        assert result.exit_code == 1
+        assert message in result.output
+        assert sys.path == before
 
 
 @pytest.mark.parametrize(
