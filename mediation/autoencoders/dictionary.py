@@ -18,7 +18,8 @@ from mediation.autoencoders.tally import N_FOLDS, Tally
 from mediation.provenance import provenance
 from mediation.sampling import Sampling
 
-# An image (3, height, width) in [0, 1] to masks (height, width) by label; "kind: value" are values of one kind.
+# An image (3, height, width) in [0, 1] to masks (height, width) by label; "kind: value" are values of one kind. Numbers
+# with a fraction are shares, of which 0.5 and above are covered; of integers and booleans, all that are not 0.
 Labeller = Callable[[torch.Tensor], Mapping[str, "numpy.typing.ArrayLike"]]
 
 _THUMBNAIL = 64  # pixels
@@ -52,7 +53,8 @@ def concept_dictionary(
         sae: an autoencoder that knows its place.
         prompts: one picture each; at least two.
         labeller: a function of an image (3, height, width) in [0, 1] that returns masks (height, width) by label.
-            Labels such as "object: cat" and "object: dog" are values of one kind, "object".
+            Labels such as "object: cat" and "object: dog" are values of one kind, "object". Of booleans and integers,
+            as 0 and 255, all but 0 is covered; of floats, as a segmentation model's probabilities, 0.5 and above.
         seed: of the first picture's noise; each further one has the next.
         n_top: pictures that are kept for each latent, those in which it is most active.
         num_inference_steps: sampler steps.
@@ -192,7 +194,7 @@ def check_dictionary(dictionary: xarray.Dataset, sae: SparseAutoencoder) -> None
 
 
 def label_masks(labeller: Labeller, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a labeller says of an image, as boolean masks (height, width).
+    """What a labeller says of an image, as boolean masks (height, width); of floats, 0.5 and above is covered.
 
     Raises:
         ValueError: if that is no mapping of names to masks of the image's size.
@@ -200,13 +202,17 @@ def label_masks(labeller: Labeller, image: torch.Tensor) -> dict[str, torch.Tens
     found = labeller(image)
     if not isinstance(found, Mapping):
         raise ValueError(f"a labeller returns masks by label, got {type(found).__name__}")
-    masks = {str(label): torch.as_tensor(numpy.asarray(mask)).bool() for label, mask in found.items()}
+    masks = {str(label): _covered(torch.as_tensor(numpy.asarray(mask))) for label, mask in found.items()}
     for label, mask in masks.items():
         if mask.shape != image.shape[1:]:
             raise ValueError(
                 f"the mask of {label!r} has shape {tuple(mask.shape)}, and the image {tuple(image.shape[1:])}"
             )
     return masks
+
+
+def _covered(mask: torch.Tensor) -> torch.Tensor:
+    return mask >= 0.5 if mask.is_floating_point() else mask != 0
 
 
 @torch.no_grad()

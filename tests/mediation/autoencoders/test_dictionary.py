@@ -11,6 +11,7 @@ import xarray
 import mediation
 from mediation import Place, SparseAutoencoder
 from mediation.autoencoders.concepts import _example, embed_latents, score_latents
+from mediation.autoencoders.dictionary import label_masks
 from mediation.autoencoders.files import open_dictionary, save_dictionary
 from mediation.autoencoders.tally import Tally, on_grid
 
@@ -173,6 +174,21 @@ def test_a_dictionary_of_a_pipeline_names_positions(tiny_pipe, tmp_path):
 def test_a_dictionary_without_pictures_is_kept_like_others(tmp_path):
     save_dictionary(_example(), tmp_path / "found.nc")
     xarray.testing.assert_equal(open_dictionary(tmp_path / "found.nc"), _example())
+
+
+@pytest.mark.parametrize("kind", [numpy.asarray, torch.tensor])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[0.0, 0.1, 0.49], [0.5, 0.9, 1.0]], [[False] * 3, [True] * 3]),
+        ([[0.0, float("nan"), 0.0], [255.0, 0.0, 255.0]], [[False] * 3, [True, False, True]]),
+        ([[0, 255, 1], [0, 0, 2]], [[False, True, True], [False, False, True]]),
+        ([[True, False, True], [False] * 3], [[True, False, True], [False] * 3]),
+    ],
+)
+def test_masks_cover_what_is_more_likely_than_not(kind, values, expected):
+    found = label_masks(lambda image: {"a": kind(values)}, torch.zeros(3, 2, 3))
+    assert found["a"].tolist() == expected
 
 
 def test_mistakes_are_errors(tiny_pipe, tmp_path):
