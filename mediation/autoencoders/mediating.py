@@ -69,7 +69,8 @@ def trace_latents(
 
     Returns:
         A map as of `mediation.trace`, with a dimension `latent` in place of tokens, which `mediation.summarize`,
-        `compare`, `plot_effects` and files take. The attribute `latent_mode` is the mode.
+        `compare`, `plot_effects` and files take. The attribute `latent_mode` is the mode; `autoencoder` says how the
+        autoencoder was made, and `autoencoder_fingerprint` which one it is.
 
     Raises:
         KeyError, TypeError, ValueError: before any work, if an argument does not fit the pipeline or the autoencoder.
@@ -104,7 +105,7 @@ def trace_latents(
     # latents stand where tokens do in maps of text encoders
     plan = LatentPlan(**fields | {"tokens": chosen, "sae": sae, "ablates": mode == "ablate"})
     attributes = {"backend": "latents", "latent_mode": mode, "autoencoder": json.dumps(sae.config)}
-    attributes |= plan_attributes(pipe, plan)
+    attributes |= {"autoencoder_fingerprint": sae.fingerprint, **plan_attributes(pipe, plan)}
     effects = label(plan, restoration(pipe, plan)).rename(token="latent")
     effects.attrs = attributes
     warn_of_bad_rows(effects)

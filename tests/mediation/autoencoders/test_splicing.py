@@ -1,6 +1,7 @@
 """Changed latents change a run by exactly what they add, and unchanged ones by no bit."""
 
 import itertools
+import json
 
 import diffusers
 import numpy
@@ -183,7 +184,10 @@ def test_maps_of_latents_are_maps(tiny_pipe, sae, tmp_path):
     ax = mediation.plot_effects(whole)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "7"]
     save_map(whole, tmp_path / "map.nc")
-    assert open_map(tmp_path / "map.nc").latent.values.tolist() == [2, 7]
+    again = open_map(tmp_path / "map.nc")
+    assert again.latent.values.tolist() == [2, 7]
+    assert json.loads(again.autoencoder) == sae.config
+    assert again.autoencoder_fingerprint == sae.fingerprint, "of two that were made alike, which one"
 
 
 @pytest.mark.parametrize(
