@@ -1,11 +1,15 @@
 """Emoji Diffusion is what its card says."""
 
+import configparser
+import hashlib
+import pathlib
+
 import numpy
 import pytest
 import torch
 
 import mediation
-from benchmarks.emoji import world
+from benchmarks.emoji import train_sae, world
 from mediation import bundled
 
 
@@ -41,6 +45,29 @@ def test_some_subjects_take_several_tokens(pipe):
 def test_the_bundle_is_small():
     files = bundled.pipeline_folder().parent.rglob("*")
     assert sum(file.stat().st_size for file in files if file.is_file()) < 40e6
+
+
+def test_the_autoencoder_is_small_and_in_the_package():
+    package = pathlib.Path(bundled.__file__).parent
+    files = {path for path in (package / "emoji" / "sae").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "config.json"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) < 4e6
+    setup = configparser.ConfigParser()
+    setup.read(package.parents[1] / "setup.cfg")
+    patterns = setup["options.package_data"]["mediation.bundled"].split()
+    assert files <= {path for pattern in patterns for path in package.glob(pattern)}
+
+
+def test_the_autoencoder_is_what_its_script_makes():
+    sae = bundled.load_sae()
+    settings, training = train_sae._SETTINGS, sae.metadata["training"]
+    assert (sae.n_latents, sae.k, training["seed"]) == (settings["n_latents"], settings["k"], settings["seed"])
+    assert sae.place == mediation.Place(settings["site"], settings["steps"])
+    told = {"n_positions": train_sae.N_POSITIONS, "batch_size": 4096}
+    assert training["recipe"] == vars(mediation.Recipe(**told))
+    prompts = train_sae.captions(train_sae.N_CAPTIONS, seed=0)
+    assert training["source"]["prompts"] == hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    assert (training["source"]["num_inference_steps"], training["source"]["guidance_scale"]) == (25, 1.0)
 
 
 def test_the_scorer_shares_the_pipelines_text_encoder(pipe):
