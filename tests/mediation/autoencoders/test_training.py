@@ -169,6 +169,42 @@ def test_training_does_not_go_on_with_other_activations(tmp_path):
             mediation.fit_sae(other, **options)
 
 
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_streamed_training_that_goes_on_equals_never_having_stopped(tiny_pipe, tmp_path, monkeypatch, activation):
+    options = {"site": "unet.down.0.0", "n_latents": 16, "k": 2, "activation": activation, "seed": 3, "progress": False}
+    recipe = Recipe(n_positions=500, batch_size=50, learning_rate=1e-3, dead_after=100, n_auxiliary=4)
+    options |= {"recipe": recipe, "buffer": 100, "num_inference_steps": 2, "guidance_scale": 4.0}
+    whole = mediation.train_sae(tiny_pipe, ["a cat", "a dog"], **options)
+    options["checkpoint"] = tmp_path / "training.safetensors"
+    window, at = Streamed.window, [2]
+
+    def interrupted(self, number):
+        if number in at:
+            at.remove(number)
+            raise KeyboardInterrupt
+        return window(self, number)
+
+    monkeypatch.setattr(Streamed, "window", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mediation.train_sae(tiny_pipe, ["a cat", "a dog"], **options)
+    again = mediation.train_sae(tiny_pipe, ["a cat", "a dog"], **options)
+    assert again.fingerprint == whole.fingerprint
+    assert again.config == whole.config
+    assert len(whole.metadata["training"]["history"]) == 5
+
+
+def test_dead_latents_are_counted():
+    """Five of twelve can never be active; they are dead when as many positions have gone by, and not before."""
+    x, _ = planted(n=2000)
+    sae = SparseAutoencoder(D, 12, 2)
+    sae.latent_bias[[0, 3, 4, 7, 11]] = -1e6
+    recipe = Recipe(n_positions=1900, batch_size=95, n_auxiliary=0, dead_after=900)
+    train(sae, Stored(x, buffer=475), recipe, progress=False)
+    history = sae.metadata["training"]["history"]
+    assert [(entry["n_positions"], entry["n_dead"]) for entry in history] == [(475, 0), (950, 5), (1425, 5), (1900, 5)]
+    assert torch.equal((sae.encode(x) > 0).any(0).logical_not().nonzero()[:, 0], torch.tensor([0, 3, 4, 7, 11]))
+
+
 @hypothesis.given(n=strategies.integers(2, 400), buffer=strategies.integers(1, 400))
 def test_windows_are_about_equally_large_and_hold_each_position_once(n, buffer):
     source = Stored(numpy.arange(float(n))[:, None], buffer=buffer)
