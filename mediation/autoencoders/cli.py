@@ -141,7 +141,8 @@ def dictionary(
     if as_json:
         typer.echo(scores.to_json(orient="records"))
         return
-    typer.echo(scores.head(10).to_string(index=False, float_format="{:.3g}".format))
+    shown = ["latent", "label", "iou", "chance_iou", "random_iou", "precision", "recall", "monosemanticity"]
+    typer.echo(scores.head(10)[shown].to_string(index=False, float_format="{:.3g}".format))
     typer.echo(f"{len(scores)} of {sae.n_latents} latents have labels; the dictionary is in {output}")
 
 

@@ -8,21 +8,26 @@ import xarray
 from mediation.autoencoders.tally import agreement
 
 
-def score_latents(dictionary: xarray.Dataset) -> xarray.Dataset:
+def score_latents(dictionary: xarray.Dataset, *, seed: int = 0) -> xarray.Dataset:
     """Names each latent by its best label, and scores the name on pictures that did not choose it.
 
     The label is the one with the largest IoU in the even pictures; scores are of the odd ones. Monosemanticity is
     1 − H / log n: H is the entropy of the values that the positions where the latent is active have, among the n values
-    of the label's kind that occur; 1 is a latent of a single value. Chance is the same procedure with every picture's
-    masks taken from another picture.
+    of the label's kind that occur; 1 is a latent of a single value.
+
+    Two controls say what the scores are worth. Chance is the same procedure with every picture's masks taken from
+    another picture. And the name of each latent is judged on a random one, drawn among the others that are active in
+    both halves: what a name that fits any latent would have.
 
     Args:
         dictionary: from `mediation.concept_dictionary`.
+        seed: of the random latents.
 
     Returns:
-        A Dataset over latent: label, iou, precision, recall, monosemanticity, and the last four as chance_…; scores are
-        NaN, and labels empty, for latents that are not active in both halves of the pictures, or in the even ones never
-        where anything is labelled; by chance likewise, for those that meet nothing of other pictures.
+        A Dataset over latent: label, iou, precision, recall, monosemanticity, and the last four as chance_… and as
+        random_…, with random_latent, which one that is, or -1. Scores are NaN, and labels empty, for latents that are
+        not active in both halves of the pictures, or in the even ones never where anything is labelled; by chance
+        likewise, for those that meet nothing of other pictures.
 
     Example:
         >>> from mediation.autoencoders.concepts import _example
@@ -30,17 +35,23 @@ def score_latents(dictionary: xarray.Dataset) -> xarray.Dataset:
         ['object: cat', 'object: dog']
     """
     found = {}
+    chosen, judged = (dictionary.isel(fold=fold, drop=True) for fold in (0, 1))
+    active = (chosen.active > 0) & (judged.active > 0)
     for prefix in ("", "chance_"):
-        chosen, judged = (dictionary.isel(fold=fold, drop=True) for fold in (0, 1))
         iou = agreement(chosen, prefix)["iou"]
         best = iou.fillna(-1).argmax("label")
-        named = (chosen.active > 0) & (judged.active > 0) & (iou.isel(label=best).drop_vars("label") > 0)
+        named = active & (iou.isel(label=best).drop_vars("label") > 0)
         scores = agreement(judged, prefix) | {"monosemanticity": _monosemanticity(judged, f"{prefix}overlap")}
         for name, score in scores.items():
             found[f"{prefix}{name}"] = score.isel(label=best).drop_vars("label").where(named)
         if not prefix:
             labels = dictionary.label.values[best.values]
             found["label"] = ("latent", numpy.where(named.values, labels, ""))
+            other = numpy.where(named.values, _others(active.values, seed), -1)
+            found["random_latent"] = ("latent", numpy.where(other < 0, -1, dictionary.latent.values[other]))
+            for name, score in scores.items():
+                values = score.transpose("latent", "label").values[other, best.values]
+                found[f"random_{name}"] = ("latent", numpy.where(other < 0, numpy.nan, values))
     return xarray.Dataset(found, coords={"latent": dictionary.latent}, attrs=dict(dictionary.attrs))
 
 
@@ -119,6 +130,15 @@ def embed_latents(
     blank = numpy.full((len(weights), vectors.shape[1]), numpy.nan)
     mean = numpy.divide(weights @ vectors, total, out=blank, where=total > 0)
     return xarray.DataArray(mean, dims=("latent", "component"), coords={"latent": dictionary.latent})
+
+
+def _others(active: numpy.ndarray, seed: int) -> numpy.ndarray:
+    """For each active latent the index of another, each as likely; -1 for the rest, or if there is no other."""
+    found, indices = numpy.full(len(active), -1), active.nonzero()[0]
+    if (n := len(indices)) > 1:
+        shifts = numpy.random.default_rng(seed).integers(1, n, size=n)
+        found[indices] = indices[(numpy.arange(n) + shifts) % n]
+    return found
 
 
 def _monosemanticity(counts: xarray.Dataset, name: str) -> xarray.DataArray:

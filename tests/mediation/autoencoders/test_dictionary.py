@@ -124,6 +124,55 @@ def test_scores_are_of_pictures_that_did_not_choose_the_label():
     numpy.testing.assert_allclose(scores.chance_monosemanticity, [0, 0], atol=1e-12)
 
 
+def crowded(n_latents=9, n_labels=3):
+    """A dictionary of random counts, in which one latent is silent, and one in the odd pictures only."""
+    rng, labels = numpy.random.default_rng(0), [f"object: {i}" for i in range(n_labels)]
+    overlap = rng.integers(1, 20, size=(2, n_latents, n_labels)).astype(float)
+    overlap[:, 2], overlap[1, 5] = 0, 0
+    return xarray.Dataset(
+        {
+            "overlap": (("fold", "latent", "label"), overlap),
+            "chance_overlap": (("fold", "latent", "label"), overlap[:, ::-1]),
+            "area": (("fold", "label"), numpy.full((2, n_labels), 200.0)),
+            "chance_area": (("fold", "label"), numpy.full((2, n_labels), 200.0)),
+            "active": (("fold", "latent"), overlap.sum(-1)),
+        },
+        coords={"fold": [0, 1], "latent": 10 * numpy.arange(n_latents), "label": labels},
+    )
+
+
+def test_names_are_judged_on_random_latents_too():
+    dictionary = crowded()
+    active, odd = {0, 10, 30, 40, 60, 70, 80}, dictionary.isel(fold=1)
+    met = {latent: set() for latent in active}
+    for seed in range(60):
+        scores = score_latents(dictionary, seed=seed)
+        xarray.testing.assert_identical(scores, score_latents(dictionary, seed=seed))
+        for latent in dictionary.latent.values.tolist():
+            one = scores.sel(latent=latent)
+            other = int(one.random_latent)
+            if latent not in active:
+                assert other == -1
+                assert numpy.isnan(float(one.random_iou))
+                continue
+            met[latent].add(other)
+            counts = odd.sel(latent=other, label=str(one.label.values))
+            overlap, n_active, area = (float(counts[name]) for name in ("overlap", "active", "area"))
+            assert float(one.random_iou) == pytest.approx(overlap / (n_active + area - overlap))
+            assert float(one.random_precision) == pytest.approx(overlap / n_active)
+            assert float(one.random_recall) == pytest.approx(overlap / area)
+            shares = odd.overlap.sel(latent=other).values / n_active
+            entropy = -(shares * numpy.log(shares)).sum() / numpy.log(3)
+            assert float(one.random_monosemanticity) == pytest.approx(1 - entropy)
+    assert met == {latent: active - {latent} for latent in active}, "any other, never itself"
+
+
+def test_a_latent_alone_has_no_random_one():
+    scores = score_latents(_example().isel(latent=[0]))
+    assert scores.random_latent.values.tolist() == [-1]
+    assert numpy.isnan(scores.random_iou).all()
+
+
 def test_a_latent_that_meets_no_label_has_none():
     dictionary = _example()
     dictionary.overlap[:, 1] = 0.0
