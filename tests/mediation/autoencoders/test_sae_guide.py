@@ -15,6 +15,8 @@ def test_the_python_runs(tmp_path, monkeypatch):
     names = run_python(GUIDE)
     assert names["effects"].sizes["latent"] == 6
     assert names["image"].size == (64, 64)
+    assert names["without"].size == (64, 64)
+    assert names["vectors"].notnull().all("component").sum() == len(names["labels"]) > 0
     assert names["predicted"].layout.shape == (1, 64, 64)
     assert names["layout"].sizes == {"autoencoder": 1, "case": 4}
     assert (tmp_path / "latents.html").exists()
