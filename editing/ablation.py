@@ -18,7 +18,8 @@ CONTROLS = ("random", "magnitude", "sign_flipped")
 def cad_erase(attribution: Attribution, *, ratio: float = 0.001, per: str = "row") -> Edit:
     """Sets the weights to 0 that contribute most to drawing a concept: those of the largest positive scores.
 
-    To 0 exactly, in whatever dtype the pipeline has the weights that were scored.
+    To 0 exactly, whatever dtype the pipeline has them in and whatever other edits did to them before. Ablations that
+    share weights take them once, in a sum as one on top of the other; `scaled(s)` leaves the share 1 − s of each.
 
     Setting w_i to 0 takes its score off J = E ||e(x_t, base, t) − e(x_t, concept, t)||², to first order. Of each group
     of n weights, the floor(ratio · n) best are taken, but at least one, so that groups narrower than 1/ratio are not
@@ -126,10 +127,7 @@ def _ablate(attribution: Attribution, objective: str, ratio: float, per: str) ->
     if not chosen:
         wanted = "positive" if sign > 0 else "negative"
         raise ValueError(f"no score is {wanted}: there is nothing to set to 0")
-    updates = {
-        name: Sparse(attribution.weights[name].shape, indices, -attribution.weights[name].flatten()[indices].float())
-        for name, indices in chosen.items()
-    }
+    updates = {name: _zeroing(attribution.weights[name], indices) for name, indices in chosen.items()}
     base = {name: attribution.base[name] for name in updates}
     report = {
         "n_changed": sum(map(len, chosen.values())),
@@ -148,6 +146,11 @@ def _ablate(attribution: Attribution, objective: str, ratio: float, per: str) ->
 def _sign(attribution: Attribution) -> int:
     """The sign of scores that are ablated."""
     return 1 if attribution.metadata["objective"] == "erase" else -1
+
+
+def _zeroing(weight: torch.Tensor, indices: torch.Tensor) -> Sparse:
+    """The change that sets these weights to 0."""
+    return Sparse(weight.shape, indices, -weight.flatten()[indices].float(), torch.ones(len(indices)))
 
 
 def _choose(scores: dict[str, torch.Tensor], ratio: float, per: str) -> dict[str, torch.Tensor]:

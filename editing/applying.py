@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from editing.updates import Sparse, Update
+from editing.updates import Update
 from mediation.parameters import check_precision, locate, mismatch, sha256
 
 
@@ -51,7 +51,7 @@ def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], 
         _check(name, place, updates[name], base)
     with contextlib.ExitStack() as undo:
         for name, place in places.items():
-            result = _sum(name, _parameter(*place), updates[name], base[name]["dtype"] if base else "float32")
+            result = _sum(name, _parameter(*place), updates[name])
             change = _Change(edit, _parameter(*place).detach().clone(), sha256(result))
             undo.callback(_write, *place, change.before)
             _write(*place, result)
@@ -105,13 +105,8 @@ def _check(name: str, place: tuple[nn.Module, str], update: Update, base: Mappin
         )
 
 
-def _sum(name: str, weight: torch.Tensor, update: Update, made_in: str) -> torch.Tensor:
-    before = weight.detach().cpu()
-    result = (before.double() + update.dense()).to(weight.dtype)
-    if isinstance(update, Sparse):
-        # What is to be 0 is 0: no difference is left between a weight as it was and as it is in another precision.
-        halves = {torch.float16, torch.bfloat16} & {weight.dtype, getattr(torch, made_in)}
-        result.view(-1)[update.taken_away(before, halves.pop() if halves else torch.float32)] = 0
+def _sum(name: str, weight: torch.Tensor, update: Update) -> torch.Tensor:
+    result = update.changed(weight.detach().cpu()).to(weight.dtype)
     if not torch.isfinite(result).all():
         raise ValueError(f"the edited {name} is not finite in {weight.dtype}: scale the edit down, or use float32")
     return result

@@ -61,7 +61,7 @@ class Edit:
         """Adds the change to the pipeline's weights, in place.
 
         The sum is taken in float64 and rounded once to the weights' dtype. Single weights that the edit takes away
-        become 0, also in another dtype than it was made in. If it fails, no weight is changed.
+        become 0, whatever others did to them before. If it fails, no weight is changed.
 
         Args:
             pipe: a pipeline with the weights that the edit was made for, in any dtype, edited by others or not.
@@ -179,6 +179,8 @@ class Edit:
     def __add__(self, other: "Edit") -> "Edit":
         """Both edits at once; they must be made for the same base.
 
+        Single weights that both take away are taken once. Low-rank changes are added to what is left of them.
+
         Raises:
             ValueError: if they change a common parameter of different bases.
         """
@@ -270,7 +272,9 @@ def load(path: str | os.PathLike) -> Edit:
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         parts[name][part] = tensor
-    updates = {local[name]: assemble(base[name]["shape"], found) for name, found in parts.items()}
+    # Ablations take all of each weight, where their file does not say so.
+    share = 1.0 if header["metadata"]["method"] in ("cad_erase", "cad_amplify") else 0.0
+    updates = {local[name]: assemble(base[name]["shape"], found, share=share) for name, found in parts.items()}
     return Edit(updates, **_renamed(header, local.__getitem__))
 
 

@@ -60,6 +60,10 @@ class LowRank:
         """The change itself, (d_out, d_in), float64."""
         return self.up.double() @ self.down.double()
 
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter with the change, float64."""
+        return weight.double() + self.dense()
+
     def times(self, keys: torch.Tensor) -> torch.Tensor:
         """The change of the values of `keys`: (key, d_in) -> (key, d_out), float64."""
         return keys.double() @ self.down.double().T @ self.up.double().T
@@ -94,37 +98,45 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparse:
-    """The change of single weights of a parameter of any shape.
+    """The change of single weights of a parameter of any shape: something is added to them, or they are taken away.
 
     Attributes:
         shape: of the parameter.
         indices: (change,), ascending positions in the flattened parameter, int64 on the CPU.
         values: (change,), what is added there, float32 on the CPU.
+        shares: (change,), where not 0, how much is taken of whatever weight is there, float64 on the CPU: 1 sets it to
+            0, and the value is what that adds to the weight as it was scored. None is 0 throughout.
 
     Raises:
-        ValueError: if indices are out of order or range, or there is not one finite value for each.
+        ValueError: if indices are out of order or range, or there is not one finite value and share for each.
 
     Example:
         >>> Sparse((2, 2), torch.tensor([1, 2]), torch.tensor([5.0, -1.0])).dense().tolist()
         [[0.0, 5.0], [-1.0, 0.0]]
+        >>> third = Sparse((2,), torch.tensor([0]), torch.tensor([-1 / 3]), torch.ones(1))
+        >>> (third + third).changed(torch.tensor([1 / 3, 2.0])).tolist()
+        [0.0, 2.0]
     """
 
     shape: tuple[int, ...]
     indices: torch.Tensor
     values: torch.Tensor
+    shares: torch.Tensor | None = None
 
     def __post_init__(self):
         shape = tuple(int(size) for size in self.shape)
         indices = self.indices.detach().to("cpu", torch.int64).contiguous()
         values = self.values.detach().to("cpu", torch.float32).contiguous()
-        if indices.ndim != 1 or indices.shape != values.shape:
-            shapes = f"{tuple(indices.shape)} and {tuple(values.shape)}"
-            raise ValueError(f"expected indices and values (change,), one value for each index, got {shapes}")
+        shares = torch.zeros(len(indices)) if self.shares is None else self.shares
+        shares = shares.detach().to("cpu", torch.float64).contiguous()
+        if indices.ndim != 1 or not indices.shape == values.shape == shares.shape:
+            shapes = f"{tuple(indices.shape)}, {tuple(values.shape)} and {tuple(shares.shape)}"
+            raise ValueError(f"expected indices, values and shares (change,), one of each for each index, got {shapes}")
         if len(indices) and not (indices[0] >= 0 and indices[-1] < math.prod(shape) and (indices.diff() > 0).all()):
             raise ValueError(f"indices must ascend from 0 to at most {math.prod(shape) - 1}, the last of shape {shape}")
-        if not torch.isfinite(values).all():
-            raise ValueError("the values are not finite")
-        for name, value in (("shape", shape), ("indices", indices), ("values", values)):
+        if not (torch.isfinite(values).all() and torch.isfinite(shares).all()):
+            raise ValueError("the values or the shares are not finite")
+        for name, value in (("shape", shape), ("indices", indices), ("values", values), ("shares", shares)):
             object.__setattr__(self, name, value)
 
     @property
@@ -136,7 +148,10 @@ class Sparse:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds of this."""
         narrow = torch.int32 if math.prod(self.shape) <= torch.iinfo(torch.int32).max else torch.int64
-        return {"indices": self.indices.to(narrow), "values": self.values}
+        tensors = {"indices": self.indices.to(narrow), "values": self.values}
+        if self.shares.any():
+            tensors["shares"] = self.shares[:1] if (self.shares == self.shares[0]).all() else self.shares
+        return tensors
 
     def dense(self) -> torch.Tensor:
         """The change itself, in the parameter's shape, float64."""
@@ -144,17 +159,12 @@ class Sparse:
         flat[self.indices] = self.values.double()
         return flat.view(self.shape)
 
-    def taken_away(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Flat positions of the parameter's weights that this takes away, but for their rounding to `dtype`.
-
-        Example:
-            >>> third = torch.tensor([1 / 3, 1 / 3])
-            >>> update = Sparse((2,), torch.tensor([0, 1]), torch.tensor([-1 / 3, 0.5]))
-            >>> update.taken_away(third.half(), torch.float16).tolist()
-            [0]
-        """
-        taken = weight.flatten()[self.indices].to(dtype) == -self.values.to(dtype)
-        return self.indices[taken]
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter with the change, float64."""
+        flat = weight.flatten().double()
+        old = flat[self.indices]
+        new = torch.where(self.shares == 0, old + self.values, old * (1 - self.shares))
+        return flat.index_copy(0, self.indices, new).view(self.shape)
 
     def norm(self) -> float:
         """Frobenius norm of the change."""
@@ -162,26 +172,30 @@ class Sparse:
 
     def scaled(self, factor: float) -> "Sparse":
         """`factor` times the change."""
-        return Sparse(self.shape, self.indices, self.values * factor)
+        return Sparse(self.shape, self.indices, self.values * factor, self.shares * factor)
 
     def __add__(self, other: "Sparse | LowRank") -> "Sparse | Mixed":
-        """Both changes at once; what both change gets the sum."""
+        """Both changes at once: of what one leaves of a weight, the other takes its share; else values are summed."""
         if isinstance(other, LowRank):
             return Mixed(other, self)
         if not isinstance(other, Sparse):
             return NotImplemented
         _check_same_shape(self, other)
         indices, places = torch.cat([self.indices, other.indices]).unique(return_inverse=True)
-        values = torch.zeros(len(indices), dtype=torch.float64)
-        values.index_add_(0, places, torch.cat([self.values, other.values]).double())
-        return Sparse(self.shape, indices, values)
+        values, shares = torch.zeros(2, 2, len(indices), dtype=torch.float64)
+        sides = torch.arange(2).repeat_interleave(torch.tensor([len(self.indices), len(other.indices)]))
+        values[sides, places] = torch.cat([self.values, other.values]).double()
+        shares[sides, places] = torch.cat([self.shares, other.shares])
+        values[(shares == 0) & (shares.flip(0) != 0)] = 0  # nothing is added to what is taken away
+        mine, others = 1 - shares
+        return Sparse(self.shape, indices, values[0] + mine * values[1], 1 - mine * others)
 
     __radd__ = __add__  # sums commute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixed:
-    """A low-rank change of a matrix and one of its single weights, at once.
+    """A low-rank change of a matrix and one of its single weights, at once: what is taken away goes before it is added.
 
     Example:
         >>> mixed = LowRank(torch.ones(2, 1), torch.ones(1, 2)) + Sparse((2, 2), torch.tensor([3]), torch.tensor([4.0]))
@@ -214,6 +228,10 @@ class Mixed:
         """The change itself, (d_out, d_in), float64."""
         return self.low_rank.dense() + self.sparse.dense()
 
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        """The parameter with the change, float64."""
+        return self.low_rank.changed(self.sparse.changed(weight))
+
     def norm(self) -> float:
         """Frobenius norm of the change."""
         return float(torch.linalg.vector_norm(self.dense()))
@@ -238,15 +256,16 @@ class Mixed:
 Update = LowRank | Sparse | Mixed
 
 
-def assemble(shape: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> Update:
-    """The update of a parameter of this shape that has these `tensors`.
+def assemble(shape: Sequence[int], tensors: Mapping[str, torch.Tensor], *, share: float = 0.0) -> Update:
+    """The update of a parameter of this shape that has these `tensors`; `share` is for those that tell none.
 
     Example:
         >>> assemble((2,), Sparse((2,), torch.tensor([0]), torch.tensor([7.0])).tensors).dense().tolist()
         [7.0, 0.0]
     """
     low_rank = LowRank(tensors["up"], tensors["down"]) if "up" in tensors else None
-    sparse = Sparse(tuple(shape), tensors["indices"], tensors["values"]) if "indices" in tensors else None
+    shares = tensors.get("shares", torch.tensor([share])).expand(len(tensors.get("indices", ())))
+    sparse = Sparse(tuple(shape), tensors["indices"], tensors["values"], shares) if "indices" in tensors else None
     return Mixed(low_rank, sparse) if low_rank and sparse else low_rank or sparse
 
 
