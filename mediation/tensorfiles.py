@@ -20,13 +20,16 @@ def write(
 ) -> None:
     """Writes tensors and a header whose entries are JSON objects, as a file of this kind, such as "editing.Edit/1".
 
+    Tensors may lie in memory in any order (channels_last); files hold them in that of their dimensions.
+
     Raises:
         ValueError: if the path does not end in ".safetensors", or the header is no JSON.
     """
     path = checked_path(path)
     texts = {key: json.dumps(value, allow_nan=False, ensure_ascii=False) for key, value in header.items()}
     texts["format"] = kind
-    content = safetensors.torch.save(dict(tensors), metadata=texts | {"sha256": _checksum(tensors, texts)})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(contiguous, metadata=texts | {"sha256": _checksum(tensors, texts)})
     path.write_bytes(content)
 
 

@@ -256,6 +256,28 @@ def test_scores_of_a_saved_attribution_make_the_same_edit(attributions, tmp_path
     assert any(not torch.equal(value, weights(pipe)[name]) for name, value in states[0].items())
 
 
+def test_weights_may_lie_in_memory_channels_last(attributions, tmp_path):
+    pipe, found = attributions[torch.float32]
+    last = copy.deepcopy(pipe)
+    last.unet.to(memory_format=torch.channels_last)
+    assert not last.unet.conv_in.weight.is_contiguous()
+    same = mediation.attribute(last, "a ink cat", parameters=CHOSEN, num_inference_steps=1, progress=False)
+    same.save(tmp_path / "scores.safetensors")
+    loaded, before = Attribution.load(tmp_path / "scores.safetensors"), weights(last)
+    for name, score in found.scores.items():
+        torch.testing.assert_close(loaded.scores[name], score, rtol=1e-3, atol=1e-6)
+        assert torch.equal(loaded.weights[name], found.weights[name])
+        assert loaded.base[name]["sha256"] == found.base[name]["sha256"]
+    edit = editing.cad_erase(loaded)
+    with edit.applied(last):
+        now = weights(last)
+    for name, update in edit.updates.items():
+        expected = before[name].flatten().clone()
+        expected[update.indices] = 0
+        assert torch.equal(now[name].flatten(), expected), name
+    assert all(torch.equal(value, before[name]) for name, value in weights(last).items())
+
+
 def test_another_model_is_refused(attributions):
     edit = editing.cad_erase(attributions[torch.float32][1])
     with pytest.raises(ValueError, match="another base model"):
