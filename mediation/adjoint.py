@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from diffusers import DiffusionPipeline
@@ -67,6 +67,20 @@ def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
     finally:
         for parameter in tracked:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def uncheckpointed(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps whole graphs of networks for a while, where gradient checkpointing would run them, and hooks, once more."""
+    every = [module for network in networks for module in network.modules()]
+    switched = [module for module in every if vars(module).get("gradient_checkpointing")]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
 
 
 @contextlib.contextmanager

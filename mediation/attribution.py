@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from mediation.adjoint import differentiable, frozen
+from mediation.adjoint import differentiable, frozen, uncheckpointed
 from mediation.cases import Case
 from mediation.distances import Distance
 from mediation.encoding import encode_in_graph, encode_rows
@@ -55,8 +55,10 @@ def attribution_patching(pipe: DiffusionPipeline, plan: Plan, *, integrated: int
     """
     _check(pipe, plan, integrated)
     values, untouched = plan.blank(), Intervention(mode=plan.mode)
+    networks = [getattr(pipe, name) for name in (family_of(pipe).denoiser, *tokenizers_of(pipe))]
     n_runs = len(plan.cases) * plan.n_draws
-    with frozen(pipe), tqdm(total=n_runs, desc="estimating", disable=None if plan.progress else True) as bar:
+    bar = tqdm(total=n_runs, desc="estimating", disable=None if plan.progress else True)
+    with frozen(pipe), uncheckpointed(networks), bar:
         for c, case in enumerate(plan.cases):
             jobs = list(plan.interventions(pipe, case))
             for draw in range(plan.n_draws):

@@ -6,10 +6,11 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
+from mediation.adjoint import uncheckpointed
 from mediation.guards import check_gradients_allowed, check_traceable
 from mediation.objectives import amplify_objective, erase_objective
 from mediation.parameters import choose, fingerprint, locate
-from mediation.pipelines import family_of
+from mediation.pipelines import family_of, tokenizers_of
 from mediation.provenance import provenance
 from mediation.sampling import Sampling
 from mediation.sites import Site
@@ -82,11 +83,13 @@ def attribute(
     places = {name: locate(pipe, name) for name in sites}  # raises if one is offloaded
     pixels = None if images is None else _pixels(pipe, images)
     options = {"seeds": seeds, "sampling": sampling, "batch_size": batch_size or _fitting(pipe), "progress": progress}
-    if objective == "erase":
-        found = erase_objective(pipe, concept, base, **options)
-    else:
-        found = amplify_objective(pipe, concept, pixels, **options)
-    value, gradients = found.gradients(pipe, sites, batch_size=options["batch_size"], progress=progress)
+    # The denoiser may save memory by checkpointing. Text encoders read no gradient, and so could lose those of weights.
+    with uncheckpointed(getattr(pipe, name) for name in tokenizers_of(pipe)):
+        if objective == "erase":
+            found = erase_objective(pipe, concept, base, **options)
+        else:
+            found = amplify_objective(pipe, concept, pixels, **options)
+        value, gradients = found.gradients(pipe, sites, batch_size=options["batch_size"], progress=progress)
     weights = {name: getattr(*place).detach().cpu().clone() for name, place in places.items()}
     metadata = {
         "objective": objective,
