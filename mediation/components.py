@@ -1,6 +1,7 @@
 """CAD: what each single weight contributes to drawing a concept, to first order (Nguyen et al., arXiv:2412.02542)."""
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 
 import PIL.Image
 import torch
@@ -52,8 +53,8 @@ def attribute(
         objective: "erase" or "amplify".
         parameters: sites, or globs of their names, which stand for their weights without biases; or globs of names of
             parameters, as "unet.conv_in.*". None is the feed-forwards of the denoiser.
-        images: for amplifying, pictures of the concept: PIL images or a tensor (image, 3, height, width) in [0, 1],
-            resized to the pipeline's size, and each noised from every seed. None draws one from each seed.
+        images: for amplifying, pictures of the concept: PIL images, read as RGB, or a tensor (image, 3, height, width)
+            in [0, 1], resized to the pipeline's size, and each noised from every seed. None draws one from each seed.
         seeds: of the trajectories and the noise.
         num_inference_steps: sampler steps, and t per trajectory or image.
         guidance_scale: classifier-free guidance of what is drawn; None is 3, as in the paper. It has no meaning where
@@ -76,8 +77,9 @@ def attribute(
     """
     check_traceable(pipe)
     check_gradients_allowed()
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     _check(pipe, concept, base, objective, images, guidance_scale, seeds, batch_size)
+    seeds = [int(seed) for seed in seeds]
     sampling = Sampling(num_inference_steps, GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
     sites = choose(pipe, parameters)
     places = {name: locate(pipe, name) for name in sites}  # raises if one is offloaded
@@ -129,7 +131,8 @@ def _check(pipe, concept, base, objective, images, guidance_scale, seeds, batch_
         raise ValueError("guidance_scale is of pictures that are drawn, and images are given: leave out one of them")
     if objective == "amplify" and base:
         raise ValueError(f'base is for objective="erase": amplifying compares with the noise, not with {base!r}')
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+    whole = all(isinstance(seed, numbers.Integral) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different integers of at least 0, got {seeds}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -150,7 +153,7 @@ def _pixels(pipe: DiffusionPipeline, images: torch.Tensor | Sequence[PIL.Image.I
     elif not images or not all(isinstance(image, PIL.Image.Image) for image in images):
         raise TypeError("images must be a tensor (image, 3, height, width) or a list of PIL images")
     else:
-        images = list(images)
+        images = [image.convert("RGB") for image in images]
     height, width = (side * pipe.vae_scale_factor for side in family_of(pipe).latent_shape(pipe)[1:])
     return pipe.image_processor.preprocess(images, height, width)
 

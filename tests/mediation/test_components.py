@@ -161,6 +161,29 @@ def test_pil_images_and_tensors_are_read_alike(tiny_pipe):
     assert images.metadata["guidance_scale"] is None
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_pil_images_of_other_modes_are_read_as_rgb(tiny_pipe, mode):
+    options = {"objective": "amplify", "parameters": "unet.mid.0.feed_forward", **OPTIONS, "guidance_scale": None}
+    image = Image.linear_gradient("L").resize((16, 16)).convert(mode)
+    values = [
+        attribute(tiny_pipe, CONCEPT, images=[one], **options).metadata["value"]
+        for one in (image, image.convert("RGB"))
+    ]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("seeds", [numpy.int64(3), [numpy.int32(3)], numpy.array([3]), range(3, 4)])
+def test_seeds_are_integers_of_any_kind(tiny_pipe, tmp_path, seeds):
+    options = {"parameters": "unet.mid.0.feed_forward", **OPTIONS}
+    found, plain = (
+        attribute(tiny_pipe, CONCEPT, **options | {"seeds": seeds}),
+        attribute(tiny_pipe, CONCEPT, **options | {"seeds": 3}),
+    )
+    found.save(tmp_path / "scores.safetensors")
+    assert found.metadata == plain.metadata
+    assert found.metadata["seeds"] == [3]
+
+
 def test_what_is_drawn_is_guided_by_3_unless_told_otherwise(tiny_pipe):
     options = {"parameters": "unet.mid.0.feed_forward", "num_inference_steps": 2, "progress": False}
     for objective in ("erase", "amplify"):
@@ -259,6 +282,10 @@ GIVEN = {"objective": "amplify", "guidance_scale": None}
         ({"images": torch.zeros(1, 3, 8, 8), "objective": "amplify"}, ValueError, "guidance_scale is of pictures that"),
         ({"seeds": [1, 1]}, ValueError, "seeds must be different integers"),
         ({"seeds": []}, ValueError, "seeds must be different integers"),
+        ({"seeds": True}, ValueError, r"seeds must be different integers of at least 0, got \[True\]"),
+        ({"seeds": 1.5}, ValueError, r"got \[1.5\]"),
+        ({"seeds": ["1", 2]}, ValueError, r"got \['1', 2\]"),
+        ({"seeds": [0, -1]}, ValueError, r"got \[0, -1\]"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
         ({"parameters": "unet.engine"}, KeyError, "matches no site and no parameter"),
