@@ -141,6 +141,7 @@ def trace(
         images=images,
         progress=progress,
     )
+    _check_places(pipe, plan, verify)
     attributes, described = {"backend": backend}, plan_attributes(pipe, plan)  # before any work, in case it fails
     if estimates:
         values = attribution_patching(pipe, plan, integrated=integrated)
@@ -224,6 +225,17 @@ def _check_estimates(backend, metric, images, integrated, screen, verify) -> Non
         raise ValueError(f"verify counts places to restore exactly, to compare them: at least 2, got {verify}")
     if (screen is not None or verify is not None) and not (metric is None or callable(metric)):
         raise ValueError("screen and verify choose places by one metric: pass a single one")
+
+
+def _check_places(pipe: DiffusionPipeline, plan: Plan, verify: int | None) -> None:
+    if verify is None:
+        return
+    places = {place for case in plan.cases for place, _ in plan.interventions(pipe, case)}
+    if len(places) < 2:
+        raise ValueError(
+            f"verify compares places (of a site, with its token or window), and the map has {len(places)}: restore it"
+            ' with backend="restoration", or name more sites'
+        )
 
 
 def _has_text(pipe: DiffusionPipeline, chosen) -> bool:

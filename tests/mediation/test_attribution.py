@@ -218,6 +218,8 @@ def test_nothing_is_left_behind(precise):
         ({"images": "all"}, "make no images"),
         ({"integrated": 0}, "at least 1"),
         ({"verify": 1}, "at least 2"),
+        ({"verify": 2, "sites": ["unet.mid.0.resnet"], "num_inference_steps": 1}, "and the map has 1: restore it"),
+        ({"verify": 2, "sites": ["text_encoder.0.mlp"], "tokens": [2]}, "and the map has 1: restore it"),
         ({"verify": 2, "screen": 0.5}, "without screen"),
         ({"verify": 2, "backend": "restoration"}, "verify is for"),
         ({"screen": 1.5}, "above 0 and up to 1"),
