@@ -42,13 +42,6 @@ def test_changing_everything_is_the_other_run_and_nothing_the_same(pipes, floor,
     latents = sample_rows(pipes[0], CASE, 0, rows, SAMPLING)
     assert latents.dtype == pipes[0].unet.dtype
     assert rms(latents[CORRUPTED], latents[CLEAN]) > 2 * floor  # so that no run is near both
-    print(
-        "NUM",
-        floor,
-        rms(latents[CORRUPTED], latents[CLEAN]),
-        rms(latents[2], latents[rows[0].donor]),
-        rms(latents[3], latents[rows[0].sham]),
-    )
     assert rms(latents[2], latents[rows[0].donor]) <= floor
     assert rms(latents[3], latents[rows[0].sham]) <= floor
 
