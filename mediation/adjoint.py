@@ -55,6 +55,12 @@ def differentiable(pipe: DiffusionPipeline, around: Around = contextlib.nullcont
         pipe.scheduler = scheduler
 
 
+def rows_with_graph(pipe: DiffusionPipeline) -> int:
+    """Rows whose graph takes as much memory as 16 rows of 16×16 latents, within reason: what may run at once."""
+    _, height, width = family_of(pipe).latent_shape(pipe)
+    return max(1, min(16, 16 * 16 * 16 // (height * width)))
+
+
 @contextlib.contextmanager
 def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
     """Records no operation for the sake of weights, for a while: their gradients would take the most memory."""

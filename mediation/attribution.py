@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from mediation.adjoint import differentiable, frozen, uncheckpointed
+from mediation.adjoint import differentiable, frozen, rows_with_graph, uncheckpointed
 from mediation.cases import Case
 from mediation.distances import Distance
 from mediation.encoding import encode_in_graph, encode_rows
@@ -44,7 +44,9 @@ def attribution_patching(pipe: DiffusionPipeline, plan: Plan, *, integrated: int
         plan: what to estimate.
         integrated: points at which the gradient is taken and averaged, on the line between what the denoiser reads of
             the prompt in the one run and in the other. 1 is the untouched run alone; k are those of Gauss and Radau,
-            the untouched run among them.
+            the untouched run among them. Rows keep the graph of a step, so that no more run at once than
+            `rows_with_graph` says; each call has the untouched run in it, and c rows at once take
+            k + ⌈(k − 1) / (c − 1)⌉ − 1 in all.
 
     Returns:
         As `restoration` does. An estimate has no sham run: sham is the untouched run's value.
@@ -116,7 +118,7 @@ def _estimate(
     with torch.no_grad(), recorded_calls(getattr(pipe, family_of(pipe).denoiser)) as calls:
         finals[donor] = sample_alone(pipe, case, text, donor, plan.sampling)
     effects = numpy.zeros((len(plan.metrics), len(jobs)))
-    for points, weights in _batches(integrated, plan.batch_size):
+    for points, weights in _batches(integrated, max(2, min(plan.batch_size, rows_with_graph(pipe)))):
         watch = _Watch(pipe, plan, jobs, calls)
         doors = {keyword: _between(value[base], value[donor], points) for keyword, value in text.items()}
         start = starting_latents(pipe, case, len(points)).clone().requires_grad_()

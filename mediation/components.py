@@ -7,7 +7,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from mediation.adjoint import uncheckpointed
+from mediation.adjoint import rows_with_graph, uncheckpointed
 from mediation.guards import check_gradients_allowed, check_traceable
 from mediation.objectives import amplify_objective, erase_objective
 from mediation.parameters import choose, fingerprint, locate
@@ -84,7 +84,8 @@ def attribute(
     sites = choose(pipe, parameters)
     places = {name: locate(pipe, name) for name in sites}  # raises if one is offloaded
     pixels = None if images is None else _pixels(pipe, images)
-    options = {"seeds": seeds, "sampling": sampling, "batch_size": batch_size or _fitting(pipe), "progress": progress}
+    options = {"seeds": seeds, "sampling": sampling, "batch_size": batch_size or rows_with_graph(pipe)}
+    options["progress"] = progress
     # The denoiser may save memory by checkpointing. Text encoders read no gradient, and so could lose those of weights.
     with uncheckpointed(getattr(pipe, name) for name in tokenizers_of(pipe)):
         if objective == "erase":
@@ -156,9 +157,3 @@ def _pixels(pipe: DiffusionPipeline, images: torch.Tensor | Sequence[PIL.Image.I
         images = [image.convert("RGB") for image in images]
     height, width = (side * pipe.vae_scale_factor for side in family_of(pipe).latent_shape(pipe)[1:])
     return pipe.image_processor.preprocess(images, height, width)
-
-
-def _fitting(pipe: DiffusionPipeline) -> int:
-    """Rows whose graph takes as much memory as 16 rows of 16×16 latents, within reason."""
-    _, height, width = family_of(pipe).latent_shape(pipe)
-    return max(1, min(16, 16 * 16 * 16 // (height * width)))

@@ -86,6 +86,7 @@ def trace(
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance.
         batch_size: rows of one call of the pipeline, the clean and the sham row included. None suits the latents' size.
+            With gradients, at most as many run at once as `attribute` takes, in whose memory their graphs fit.
         images: sites whose restored images are kept, or "all"; clean and corrupted images come along. Each takes
             height × width × 3 bytes: 70 sites at 512 × 512, 57 MB per case and draw. None keeps no image.
         integrated: of estimates, the points between the two runs at which the gradient is averaged. Each is another

@@ -1,0 +1,79 @@
+"""What estimates keep in memory: the graph of one step, of few rows, and latents."""
+
+import contextlib
+import gc
+
+import numpy
+import pytest
+import torch
+
+import mediation
+from mediation import Case, LatentDistance, ReplaceSubject, adjoint, attribution
+from mediation.pipelines import family_of
+from tests import tiny
+from tests.mediation.test_adjoint import Held
+from tests.runs import double
+
+CASE = Case("a photo of a cat in ink style", subject="cat", corruption=ReplaceSubject("dog"), seed=3)
+OPTIONS = {"backend": "attribution_patching", "guidance_scale": 4.0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return double(tiny.stable_diffusion())
+
+
+def live_numbers():
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [found.untyped_storage() for found in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) // 8
+
+
+def most_kept(pipe, n_steps):
+    """Numbers that autograd keeps at most."""
+    held = Held()
+    with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda owner: owner.kept[0]):
+        mediation.trace(pipe, CASE, metric=LatentDistance(), num_inference_steps=n_steps, **OPTIONS)
+    return held.n_most
+
+
+def kept_between(pipe, n_steps):
+    """Numbers that Python keeps once all runs are sampled: latents, and calls to make again on the way back."""
+    live = []
+
+    def metric(images, latents, cases):
+        live.append(live_numbers())
+        return latents.square().mean((1, 2, 3))
+
+    mediation.trace(pipe, CASE, metric=metric, num_inference_steps=n_steps, **OPTIONS)
+    return max(live)
+
+
+def test_memory_grows_by_latents_alone_with_steps(pipe, monkeypatch):
+    latents = numpy.prod(family_of(pipe).latent_shape(pipe))
+    states = family_of(pipe).encode(pipe, ["a cat"])["prompt_embeds"].numel()
+    assert 0 <= (kept_between(pipe, 6) - kept_between(pipe, 2)) / 4 <= 10 * latents
+    few, many = (most_kept(pipe, n_steps) for n_steps in (2, 6))
+    # what goes into the denoiser in both halves; prompts' states are counted each time, and shared by all steps
+    assert 0 <= (many - few) / 4 - 2 * states <= 10 * latents
+    # the control: without recomputing, every step keeps its graph
+    monkeypatch.setattr(adjoint, "recomputing", lambda *_: contextlib.nullcontext())
+    assert most_kept(pipe, 6) > 4 * many
+
+
+@pytest.mark.parametrize(("most", "expected"), [(16, [16, 4]), (4, [4] * 6), (1, [2] * 18)])
+def test_no_more_rows_run_at_once_than_fit_with_their_graphs(pipe, monkeypatch, most, expected):
+    """Whatever the batch size of runs without gradients; and estimates are the same."""
+    if most < 16:
+        monkeypatch.setattr(attribution, "rows_with_graph", lambda _: most)
+    n_rows, denoise = [], attribution.denoise
+    monkeypatch.setattr(attribution, "denoise", lambda *args: n_rows.append(len(args[3])) or denoise(*args))
+    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "num_inference_steps": 1, **OPTIONS}
+    found = mediation.trace(pipe, CASE, integrated=19, batch_size=64, **options)
+    assert n_rows == expected
+    assert sum(n_rows) == 19 + len(expected) - 1
+    monkeypatch.setattr(attribution, "rows_with_graph", lambda _: 64)
+    together = mediation.trace(pipe, CASE, integrated=19, batch_size=64, **options)
+    assert n_rows[-1] == 19
+    numpy.testing.assert_allclose(found.restored, together.restored, rtol=1e-9)
