@@ -103,6 +103,34 @@ def test_estimates_come_with_their_verification(run, tiny_pipe):
     assert int(open_map("screened.nc").exact.notnull().sum()) == 2
 
 
+def test_direct_effects_are_of_the_cross_attentions(run, tiny_pipe):
+    case = ["--prompt", "a red cat", "--subject", "cat", "--corruption", "replace:dog", "--steps", 2]
+    options = [*case, "--backend", "direct_effect", "--metric", "latent_distance"]
+    result = run("trace", *options, "--output", "map.nc")
+    assert result.exit_code == 0, result.output
+    layers = [site.name for site in mediation.sites(tiny_pipe, network="unet", component="cross_attention")]
+    effects = open_map("map.nc")
+    assert effects.site.values.tolist() == layers
+    expected = mediation.trace(
+        tiny_pipe,
+        mediation.Case("a red cat", subject="cat", corruption=mediation.ReplaceSubject("dog")),
+        backend="direct_effect",
+        metric=mediation.LatentDistance(),
+        num_inference_steps=2,
+        progress=False,
+    )
+    assert effects.attrs == expected.attrs
+    assert (effects.restored.values == expected.restored.values).all()
+    assert [line.split()[0] for line in result.output.splitlines()[4:]] == mediation.top_sites(effects, k=10)
+    for wrong, message in (
+        (["--branch", "both"], 'branch must be "cond"'),
+        (["--screen", 0.5], "none of direct effects"),
+    ):
+        result = run("trace", *options, *wrong)
+        assert result.exit_code != 0
+        assert message in " ".join(result.output.split())
+
+
 def test_options_are_those_of_the_function(run, tiny_pipe):
     case = mediation.Case("a red cat", subject="cat", corruption=mediation.ZeroSubject(where="output"), seed=5)
     given = ["--prompt", case.prompt, "--subject", "cat", "--seed", 5, "--corruption", "zero", "--where", "output"]
