@@ -61,7 +61,7 @@ _SCOPE = (
     "These results are about Emoji Diffusion, a small model of one small world that draws it imperfectly (its card says"
     " how well), with few sampler steps and a judge as small. How far a gradient reaches depends on the model: a larger"
     " one may be more or less linear. Cases are corrupted by Gaussian noise on the subject's embeddings, and restored;"
-    " necessity was not asked. The verdicts on CAD are about two concepts, and scores of one seed each."
+    " necessity was not asked. The verdicts on CAD are about two concepts each, and scores of one seed each."
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.reproduce.attributions.fidelity import GOAL, GOAL_SCREENED, SCREENED, Fidelity, K, reaches
 from benchmarks.reproduce.attributions.predictions import N_LATENTS
-from benchmarks.reproduce.attributions.recipes import N_PROMPTS
+from benchmarks.reproduce.attributions.recipes import BY_OBJECTIVE, N_PROMPTS
 from benchmarks.reproduce.attributions.results import Ablations, Maps, Predictions, Whereabouts
 from benchmarks.reproduce.attributions.whereabouts import N_STEPS, Share
 from benchmarks.reproduce.claims import Claim, Finding
@@ -146,7 +146,12 @@ def _predictions(found: Predictions) -> list[str]:
 
 
 def _ablations(found: Ablations) -> list[str]:
+    named = {what: " and ".join(one.name for one in BY_OBJECTIVE[what]) for what in found.rows}
     lines = [
+        f"Concepts: {'; '.join(f'to {what}, {names}' for what, names in named.items())}. What is to be amplified must",
+        "not be in all pictures to begin with: these are two that the model draws badly, with scores of rendered",
+        "pictures that show them. Diff-QuickFix puts one concept in another's place: it can take one away, and has no",
+        "way to bring one out, so that it stands beside erasing only.",
         f"Pictures of {N_PROMPTS} prompts for each role and concept, drawn from the same noise without and with each",
         "ablation; models are named by scores and ratio.",
         "Source gone: share of pictures that name the concept and do not show it, which amplifying is to lower; the",

@@ -4,10 +4,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import numpy
+import torch
 from diffusers import DiffusionPipeline
 
 import editing
 import mediation
+from benchmarks.emoji import world
 from benchmarks.reproduce.edits.recipes import Recipe
 from benchmarks.reproduce.edits.units import EDIT_ROLES, Unit
 from editing.ablation import CONTROLS, control
@@ -20,12 +23,12 @@ _SEED = 3  # of prompts and noise; another one than recipes of edits were chosen
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """What is erased and amplified.
+    """What is erased, or amplified.
 
     Attributes:
         name: as suites call it.
         attribute: its factor.
-        target: what Diff-QuickFix puts in its place.
+        target: what Diff-QuickFix puts in its place, and pictures are judged for.
         prompt: what scores are computed for.
     """
 
@@ -36,6 +39,12 @@ class Concept:
 
 
 CONCEPTS = (Concept("ink", "style", "noto", "ink style"), Concept("cat", "object", "dog", "a cat"))
+# The model draws the former nearly always, and these in a third of pictures: there is something to bring out.
+WEAK_CONCEPTS = (
+    Concept("fluent", "style", "noto", "fluent style"),
+    Concept("upside down", "pose", "upright", "an upside down thing"),
+)
+BY_OBJECTIVE = {"erase": CONCEPTS, "amplify": WEAK_CONCEPTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +69,74 @@ class Ablation:
 
     def make(self, pipe: DiffusionPipeline, _pairs: Mapping[str, str], _attribute: str) -> editing.Edit:
         """The edit, not applied; scores depend on the prompt alone, and have no target."""
-        found = scored(pipe, self.prompt, self.objective, self.num_inference_steps)
+        found = self._scored(pipe)
         if self.scores != "cad":
             found = control(found, self.scores)
         ablate = editing.cad_erase if self.objective == "erase" else editing.cad_amplify
         return ablate(found, ratio=self.ratio, per=self.per)
 
+    def _scored(self, pipe: DiffusionPipeline) -> mediation.Attribution:
+        return scored(pipe, self.prompt, self.objective, self.num_inference_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureAblation(Ablation):
+    """The same, with scores of pictures that show the concept: one that the model draws need not.
+
+    Attributes:
+        factor: the concept's attribute.
+        label: the concept.
+        n_pictures: rendered scenes of the emoji world.
+    """
+
+    factor: str = "style"
+    label: str = "fluent"
+    n_pictures: int = 8
+
+    def _scored(self, pipe: DiffusionPipeline) -> mediation.Attribution:
+        shown = self.factor, self.label, self.n_pictures
+        return scored(pipe, self.prompt, self.objective, self.num_inference_steps, shown)
+
 
 @functools.lru_cache(maxsize=1)  # recipes of one unit share their scores
-def scored(pipe: DiffusionPipeline, prompt: str, objective: str, num_inference_steps: int) -> mediation.Attribution:
-    """Scores of the feed-forwards of the denoiser, as in the paper."""
-    return mediation.attribute(pipe, prompt, objective=objective, num_inference_steps=num_inference_steps)
+def scored(
+    pipe: DiffusionPipeline,
+    prompt: str,
+    objective: str,
+    num_inference_steps: int,
+    shown: tuple[str, str, int] | None = None,
+) -> mediation.Attribution:
+    """Scores of the feed-forwards of the denoiser, as in the paper; `shown` are arguments of `pictures`, if any."""
+    images = {"images": pictures(*shown)} if shown else {}
+    return mediation.attribute(pipe, prompt, objective=objective, num_inference_steps=num_inference_steps, **images)
+
+
+def pictures(factor: str, label: str, n: int) -> torch.Tensor:
+    """Rendered scenes of the emoji world in which a factor is so, others at random: (n, 3, 64, 64) in [0, 1].
+
+    Example:
+        >>> pictures("pose", "upside down", 2).shape
+        torch.Size([2, 3, 64, 64])
+    """
+    rng, scenes = numpy.random.default_rng(_SEED), []
+    while len(scenes) < n:
+        scene = world.sample(rng).scene
+        if getattr(scene, factor) == label:
+            scenes.append(scene)
+    return (world.render(scenes, rng) + 1) / 2
 
 
 def ablation_recipes(concept: Concept, objective: str) -> dict[str, Ablation | Recipe]:
     """CAD and its controls by ratio, CAD as released, and for erasing, Diff-QuickFix beside them."""
+    made = Ablation
+    if objective == "amplify":
+        made = functools.partial(PictureAblation, factor=concept.attribute, label=concept.name)
     recipes: dict[str, Ablation | Recipe] = {
-        named(scores, ratio): Ablation(objective, concept.prompt, ratio, scores=scores)
+        named(scores, ratio): made(objective, concept.prompt, ratio, scores=scores)
         for ratio in RATIOS
         for scores in ("cad", *CONTROLS)
     }
-    recipes["cad per row"] = Ablation(objective, concept.prompt, 0.001, per="row")
+    recipes["cad per row"] = made(objective, concept.prompt, 0.001, per="row")
     if objective == "erase":
         recipes |= {"quickfix": Recipe(), "quickfix, preserving": Recipe(preserve="neighbours")}
     return recipes
@@ -110,7 +166,7 @@ def ablation_units() -> dict[str, list[Unit]]:
                 roles=EDIT_ROLES,
                 seed=_SEED,
             )
-            for concept in CONCEPTS
+            for concept in BY_OBJECTIVE[objective]
         ]
         for objective in OBJECTIVES
     }

@@ -7,8 +7,11 @@ erasing and 1 for amplifying,
     bystanders = s_after − s_before              of prompts that do not
     selective  = target + bystanders
 
-so that an edit which ruins every picture is not selective. Intervals are percentiles over resampled prompts, the same
-for all models, and hold together over the ratios that are tried.
+so that an edit which ruins every picture is not selective. There must be room for a change: a concept that all pictures
+show cannot be brought out further, nor one that none shows be removed, and nothing follows from that.
+
+Intervals are percentiles over resampled prompts, the same for all models, and hold together over the ratios that are
+tried.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from editing.evaluation import UNEDITED
 _CONFIDENCE = 1 - 0.05 / len(RATIOS)
 _N_RESAMPLES = 4000
 _SIGNS = {"erase": -1, "amplify": 1}
+_SHOWN = {"erase": "missing", "amplify": "shown"}
 _NAMING = ("efficacy", "generality")
 
 
@@ -34,6 +38,7 @@ class Selectivity:
 
     Attributes:
         ratio: share of the weights.
+        room: the largest change of target pictures that there could be.
         target: change of pictures that should change, positive if as wanted.
         bystanders: change of those that should not, negative if they are harmed.
         selective: the sum of both.
@@ -42,6 +47,7 @@ class Selectivity:
     """
 
     ratio: float
+    room: Estimate
     target: Estimate
     bystanders: Estimate
     selective: Estimate
@@ -56,7 +62,7 @@ def measure(report: xarray.Dataset, objective: str) -> list[Selectivity]:
         report: of `editing.evaluate`, with the models that `recipes.ablation_recipes` names.
         objective: erase or amplify.
     """
-    target, bystanders = _resampled(report, objective)
+    target, bystanders, room = _resampled(report, objective)
     found = []
     for ratio in RATIOS:
         cad, *others = (named(scores, ratio) for scores in ("cad", *CONTROLS))
@@ -64,6 +70,7 @@ def measure(report: xarray.Dataset, objective: str) -> list[Selectivity]:
         found.append(
             Selectivity(
                 ratio,
+                _estimate(room),
                 _estimate(target[cad]),
                 _estimate(bystanders[cad]),
                 _estimate(selective[cad]),
@@ -81,7 +88,10 @@ def is_selective(found: Sequence[Selectivity], objective: str) -> Claim:
     """That ablating the best weights changes the concept, and little else, as no control does."""
     findings = []
     for one in found:
-        verdict, reason = judge(one.target, one.selective, list(one.advantages.values()))
+        verdict, reason = judge(one.room, one.target, one.selective, list(one.advantages.values()))
+        if one.room.low <= 0:
+            share = "all" if one.room.mean == 0 else f"all but {one.room.mean:.0%} of"
+            reason += f": {_SHOWN[objective]} in {share} unedited pictures"
         strongest = max(one.controls, key=lambda control: one.controls[control].mean)
         reason += f"; target {one.target}, bystanders {one.bystanders}; the strongest control is {strongest}"
         findings.append(
@@ -94,19 +104,25 @@ def is_selective(found: Sequence[Selectivity], objective: str) -> Claim:
         quantity="selectivity, change of target pictures as wanted + change of bystanders",
         control="the same of the best of random weights, large weights and scores of the other sign",
         rule="the intervals of the change of targets, of selectivity, and of the advantage over every control lie above"
-        " 0; not reproduced if one of them does not reach above 0",
+        " 0; not reproduced if one of them does not reach above 0; inconclusive where the largest change of targets"
+        " that there could be does not lie above 0",
         findings=tuple(findings),
         verdict=at_best([one.verdict for one in findings]),
     )
 
 
-def judge(target: Estimate, selective: Estimate, advantages: Sequence[Estimate]) -> tuple[str, str]:
+def judge(room: Estimate, target: Estimate, selective: Estimate, advantages: Sequence[Estimate]) -> tuple[str, str]:
     """The verdict on an ablation, and why.
 
     Example:
-        >>> judge(Estimate(0.3, 0.2, 0.4), Estimate(0.2, 0.1, 0.3), [Estimate(0.0, -0.1, 0.1)])[0]
-        'inconclusive'
+        >>> target, selective, advantage = Estimate(0.3, 0.2, 0.4), Estimate(0.2, 0.1, 0.3), Estimate(0.0, -0.1, 0.1)
+        >>> judge(Estimate(0.7, 0.6, 0.8), target, selective, [advantage])
+        ('inconclusive', 'it may be selective, or may not')
+        >>> judge(Estimate(0.0, 0.0, 0.0), target, selective, [advantage])
+        ('inconclusive', 'no room')
     """
+    if room.low <= 0:
+        return INCONCLUSIVE, "no room"
     if target.high <= 0:
         return NOT_REPRODUCED, "targets do not change as wanted"
     if selective.high <= 0:
@@ -128,18 +144,23 @@ def at_best(verdicts: Sequence[str]) -> str:
     return next((verdict for verdict in (REPRODUCED, INCONCLUSIVE) if verdict in verdicts), NOT_REPRODUCED)
 
 
-def _resampled(report: xarray.Dataset, objective: str) -> tuple[dict[str, numpy.ndarray], dict[str, numpy.ndarray]]:
-    """By model, changes of targets and of bystanders: the estimate, then one of each resample."""
+def _resampled(
+    report: xarray.Dataset, objective: str
+) -> tuple[dict[str, numpy.ndarray], dict[str, numpy.ndarray], numpy.ndarray]:
+    """By model, changes of targets and of bystanders, and the room for the former: the estimate, then each resample."""
     models = report.model.values.tolist()
     shown = report.is_source.mean("seed").transpose("model", "trial").values
-    change = shown - shown[models.index(UNEDITED)]
+    plain = shown[models.index(UNEDITED)]
+    change = numpy.vstack([shown - plain, plain if objective == "erase" else 1 - plain])
+    change[-1] *= _SIGNS[objective]  # as of targets, which it is the largest of
     rng, found = numpy.random.default_rng(0), []
     for roles, sign in ((_NAMING, _SIGNS[objective]), (("specificity",), 1)):
         values = sign * change[:, numpy.isin(report.role.values, roles)]
         n = values.shape[1]
         rows = numpy.vstack([numpy.arange(n), rng.integers(n, size=(_N_RESAMPLES, n))])
-        found.append(dict(zip(models, values[:, rows].mean(-1), strict=True)))
-    return tuple(found)
+        found.append(values[:, rows].mean(-1))
+    target, bystanders = (dict(zip(models, values[:-1], strict=True)) for values in found)
+    return target, bystanders, found[0][-1]
 
 
 def _estimate(values: numpy.ndarray) -> Estimate:
