@@ -17,10 +17,10 @@ The maps are those of benchmarks.reproduce.tracing, of the same number of steps;
 step of the U-Net only, and scores with nothing.
 
 Cost in row-evaluations of the U-Net: maps 29,000, predictions 29,000 (a thousand random ablations of each of four
-questions, J being one batch of five latents), ablations 22,000 and places 1,300; by that, 30 minutes on one core that
+questions, J being one batch of five latents), ablations 24,000 and places 1,300; by that, 30 minutes on one core that
 evaluates 45 per second, and some more since estimates run in small batches, for decoding and for judging. With 4 steps,
-it is 67,000 in all. For all attributes with eight cases, which makes it 133,000 for maps:
---attributes object style color count viewpoint pose fact --cases-per-attribute 8
+it is 69,000 in all. For all attributes, which with 4 steps is another 4,300 for each that is not there yet:
+--attributes object style color count viewpoint pose fact
 """
 
 import argparse
@@ -60,8 +60,9 @@ _TITLE = "Attribution, of activations and of weights, against what it estimates"
 _SCOPE = (
     "These results are about Emoji Diffusion, a small model of one small world that draws it imperfectly (its card says"
     " how well), with few sampler steps and a judge as small. How far a gradient reaches depends on the model: a larger"
-    " one may be more or less linear. Cases are corrupted by Gaussian noise on the subject's embeddings, and restored;"
-    " necessity was not asked. The verdicts on CAD are about two concepts each, and scores of one seed each."
+    " one may be more or less linear. Maps are of {attributes}. Cases are corrupted by Gaussian noise on the subject's"
+    " embeddings, and restored; necessity was not asked. The verdicts on CAD are about two concepts each, and scores of"
+    " one seed each."
 )
 
 
@@ -175,6 +176,15 @@ def keep(part: str, found: pages.Found, drawn: Figures, model: str, options: arg
     composing.keep(folder, part, record, section)
 
 
+def scope(folder: pathlib.Path) -> str:
+    """What the results that are there say and do not say: which attributes the maps are of, among others."""
+    found = composing.read(folder, "maps")
+    tested = list(dict.fromkeys(one["attribute"] for one in found["found"]["fidelities"])) if found else []
+    named = " and ".join(filter(None, [", ".join(tested[:-1]), *tested[-1:]])) or "no attribute"
+    left_out = [name for name in FACTORS if name not in tested]
+    return _SCOPE.format(attributes=f"{named}, not of {', '.join(left_out)}" if tested and left_out else named)
+
+
 def _save(drawn: Figures, folder: pathlib.Path) -> list[str]:
     """Saves and closes figures one after the other, and tells their names."""
     names = []
@@ -243,7 +253,7 @@ def main() -> None:
             started = time.monotonic()
             keep(part, *PARTS[part].run(pipe, model, options), model, options)
             print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
-    for statement, verdict in composing.compose(options.output, list(PARTS), _TITLE, _SCOPE).items():
+    for statement, verdict in composing.compose(options.output, list(PARTS), _TITLE, scope(options.output)).items():
         print(f"{statement} {verdict}")
     print(f"{options.output / 'report.md'} has the tables")
 

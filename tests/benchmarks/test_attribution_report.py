@@ -1,12 +1,15 @@
 """Pages, figures and data tell the same, and are composed of the parts that ran."""
 
 import argparse
+import dataclasses
 import json
 import re
 
+import matplotlib.pyplot
 import pytest
 
 from benchmarks.reproduce import attribution
+from benchmarks.reproduce.attributes import FACTORS
 from benchmarks.reproduce.attributions import (
     composing,
     correlations,
@@ -87,6 +90,32 @@ def test_pages_figures_and_data_tell_the_same(maps_of_one_case, tmp_path, monkey
     assert last["positive"]["mean"] == pytest.approx(layers[-1].positive.mean)
     cells = [f"{value:.1%}" for value in (layers[-1].positive.mean, layers[-1].negative.mean, layers[-1].weights)]
     assert f"| 19 | unet.19.resnet | {' | '.join(cells)} |" in page
+
+
+def test_the_scope_says_which_attributes_maps_are_of(maps_of_one_case, tmp_path):
+    assert "Maps are of no attribute. Cases" in attribution.scope(tmp_path)
+    found = maps_of_one_case[0]
+    for attributes, expected in (
+        (["style"], "Maps are of style, not of object, color, count, viewpoint, pose, fact. Cases"),
+        (["style", "object"], "Maps are of style and object, not of color, count, viewpoint, pose, fact. Cases"),
+        (list(FACTORS), "Maps are of object, style, color, count, viewpoint, pose and fact. Cases"),
+    ):
+        fidelities = [dataclasses.replace(found.fidelities[0], attribute=attribute) for attribute in attributes]
+        record = pages.as_json(dataclasses.replace(found, fidelities=fidelities), "m", {})
+        composing.keep(tmp_path, "maps", record, "## Maps\n")
+        assert expected in attribution.scope(tmp_path)
+
+
+@pytest.mark.parametrize(("n", "rows", "columns"), [(3, 1, 3), (7, 2, 4)])
+def test_effects_of_many_attributes_take_several_rows(maps_of_one_case, n, rows, columns):
+    one = maps_of_one_case[1][0]
+    compared = [dataclasses.replace(one, attribute=attribute) for attribute in list(FACTORS)[:n]]
+    figure = figures.draw_effects(compared, "m")
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title() for ax in shown] == list(FACTORS)[:n]
+    assert len(figure.axes) == rows * columns
+    assert figure.get_size_inches()[0] == 2.5 * columns + 0.5
+    matplotlib.pyplot.close(figure)
 
 
 def test_a_thousand_random_ablations_are_the_default_and_the_help_says_of_how_many_weights(monkeypatch, capsys):

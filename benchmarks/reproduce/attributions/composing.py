@@ -36,6 +36,12 @@ def keep(folder: pathlib.Path, part: str, record: Mapping, section: str) -> None
     (kept / f"{part}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
+def read(folder: pathlib.Path, part: str) -> dict | None:
+    """The record of a part, or None if it has not run."""
+    path = folder / _FOLDER / f"{part}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def compose(folder: pathlib.Path, parts: Sequence[str], title: str, scope: str) -> dict[str, str]:
     """Writes report.md and report.json.
 
@@ -48,8 +54,7 @@ def compose(folder: pathlib.Path, parts: Sequence[str], title: str, scope: str) 
     Returns:
         All statements with their verdicts.
     """
-    kept = {part: folder / _FOLDER / f"{part}.json" for part in parts}
-    records = {part: json.loads(path.read_text()) for part, path in kept.items() if path.exists()}
+    records = {part: record for part in parts if (record := read(folder, part)) is not None}
     verdicts = {statement: verdict for record in records.values() for statement, verdict in record["claims"].items()}
     lines = [f"# {title}", ""]
     if verdicts:

@@ -1,5 +1,6 @@
 """Results as figures."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
@@ -84,9 +85,13 @@ def draw_fidelities(found: Sequence[Fidelity]) -> matplotlib.figure.Figure:
 
 def draw_effects(compared: Sequence[Compared], metric: str) -> matplotlib.figure.Figure:
     """Estimated against exact mean effects of all places, by attribute; on the line they are the same."""
-    size = (2.5 * len(compared) + 0.5, 2.9)
-    figure, axes = matplotlib.pyplot.subplots(1, len(compared), figsize=size, squeeze=False, layout="constrained")
-    for ax, one in zip(axes[0], compared, strict=True):
+    n_columns = min(4, len(compared))
+    n_rows = math.ceil(len(compared) / n_columns)
+    size = (2.5 * n_columns + 0.5, 2.7 * n_rows + 0.2)
+    figure, axes = matplotlib.pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(compared) :]:
+        ax.set_visible(False)
+    for ax, one in zip(axes.flat, compared, strict=False):
         for variant, effects in one.estimates.items():
             marker, color = _VARIANTS[variant]
             exact, estimated = points(effects, one.exact, metric)
@@ -95,7 +100,8 @@ def draw_effects(compared: Sequence[Compared], metric: str) -> matplotlib.figure
         ax.set_title(one.attribute, fontsize=9)
         ax.set_xlabel("exact", fontsize=8)
         ax.tick_params(labelsize=7)
-    axes[0][0].set_ylabel("estimate", fontsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("estimate", fontsize=8)
     axes[0][0].legend(frameon=False, fontsize=7)
     return _finish(figure, f"Indirect effects, {compared[0].places}, {metric}")
 
