@@ -49,8 +49,10 @@ def import_lora(path: str | os.PathLike, pipe: DiffusionPipeline) -> Edit:
     Args:
         path: a safetensors file by `Edit.export_lora`, or by others whose keys are laid out alike: a layer's path in
             the pipeline, as "unet.mid_block.….to_k", and "lora_A.weight" and "lora_B.weight" (PEFT), or
-            "lora_linear_layer.down.weight" and "….up.weight" (diffusers before that); or kohya's name for it, as
-            "lora_unet_mid_block_…_to_k" or "lora_te_text_model_…", and "lora_down.weight", "lora_up.weight", "alpha".
+            "lora_linear_layer.down.weight", "lora.down.weight" and "….up.weight" (diffusers before that); or kohya's
+            name for it, as "lora_unet_mid_block_…_to_k" or "lora_te_text_model_…", and "lora_down.weight",
+            "lora_up.weight", "alpha". The alphas and rank-stabilised scales of PEFT's configuration, which diffusers
+            keeps in the header, are heeded; where nothing tells alpha, it is the rank.
             Convolutions, DoRA, LoHa and the like are not read, nor layers named as in Stability's own checkpoints.
         pipe: the pipeline that it is for.
 
@@ -59,7 +61,8 @@ def import_lora(path: str | os.PathLike, pipe: DiffusionPipeline) -> Edit:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, or changes what the pipeline has not, or something else than linear layers.
+        ValueError: if it is no such file, or changes what the pipeline has not, or something else than linear layers,
+            or its header states another rank than its factors have.
 
     Example:
         >>> import editing, mediation, tempfile

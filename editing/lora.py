@@ -5,7 +5,9 @@ network all ranks are filled up with zeros to the largest one: loaders apply one
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import safetensors.torch
@@ -24,6 +26,7 @@ FORMATS = ("diffusers", "kohya")
 # (down, up); diffusers does not recognise PEFT's names in a file that changes nothing but MLPs of a text encoder
 _PEFT = ("lora_A.weight", "lora_B.weight")
 _DIFFUSERS = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
+_ATTENTION = ("lora.down.weight", "lora.up.weight")  # diffusers' names in a U-Net
 _KOHYA = ("lora_down.weight", "lora_up.weight")
 
 
@@ -60,7 +63,8 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no LoRA file, or changes what the pipeline has not, or something else than matrices.
+        ValueError: if it is no LoRA file, or changes what the pipeline has not, or something else than matrices, or
+            its header does not fit its factors.
     """
     tensors, header = tensorfiles.read_tensors(path)
     names = dict(_known_stems(pipe))
@@ -70,7 +74,7 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
         if stem not in names:
             raise ValueError(f"{path} changes {stem!r}, which is no linear layer of this {type(pipe).__name__}")
         parts.setdefault(names[stem], {})[part] = tensor.to(torch.float32)
-    updates = {}
+    updates, adapters = {}, json.loads(header.get("lora_adapter_metadata", "{}"))
     for name, found in parts.items():
         if not {"down", "up"} <= set(found):
             raise ValueError(f"{path} is incomplete: of {name} it has {' and '.join(sorted(found))} only")
@@ -78,7 +82,8 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
             raise ValueError(f"{path} changes {name} by a convolution, not by a matrix")
         if not (rank := len(found["down"])):
             raise ValueError(f"{path} changes {name} by factors of rank 0, which is no change")
-        updates[name] = LowRank(found["up"] * (float(found.get("alpha", rank)) / rank), found["down"])
+        scale = float(found["alpha"]) / rank if "alpha" in found else _scale(name, rank, adapters, path)
+        updates[name] = LowRank(found["up"] * scale, found["down"])
     if not updates:
         raise ValueError(f"{path} is no LoRA file: it is empty")
     return updates, json.loads(header.get("edit", "{}"))
@@ -86,13 +91,40 @@ def read(path: str | os.PathLike, pipe: DiffusionPipeline) -> tuple[dict[str, Lo
 
 def _split(key: str, path: str | os.PathLike) -> tuple[str, str]:
     """The layer that a key of a LoRA file is about, and what it holds of it: down, up or alpha."""
-    for endings in (_PEFT, _DIFFUSERS, _KOHYA):
+    for endings in (_PEFT, _DIFFUSERS, _ATTENTION, _KOHYA):
         for part, ending in zip(("down", "up"), endings, strict=True):
             if key.endswith(f".{ending}"):
                 return key.removesuffix(f".{ending}"), part
     if key.endswith(".alpha"):
         return key.removesuffix(".alpha"), "alpha"
     raise ValueError(f"{path} has {key!r}, which is no part of a plain LoRA of the diffusers or kohya format")
+
+
+def _scale(name: str, rank: int, adapters: Mapping, path: str | os.PathLike) -> float:
+    """What PEFT multiplies a layer's factors by: alpha / rank, of the header; 1 where that says nothing of its network.
+
+    Raises:
+        ValueError: if the header states another rank than the factors have, or no number for alpha.
+    """
+    network = name.partition(".")[0]
+    said = {key: adapters.get(f"{network}.{key}") for key in ("r", "lora_alpha", "use_rslora")}
+    if said["r"] is None and said["lora_alpha"] is None:
+        return 1.0
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        said[key] = _by_pattern(adapters.get(f"{network}.{pattern}") or {}, name, said[key])
+    if said["r"] != rank or not isinstance(said["lora_alpha"], int | float):
+        raise ValueError(
+            f"{path} changes {name} by factors of rank {rank}, and says in its header that the rank is {said['r']} and"
+            f" lora_alpha {said['lora_alpha']}: how strong the change is meant to be cannot be told"
+        )
+    return said["lora_alpha"] / (math.sqrt(rank) if said["use_rslora"] else rank)
+
+
+def _by_pattern(patterns: Mapping[str, object], name: str, default: object) -> object:
+    """What the first pattern says that matches the end of a layer's path in its network, as PEFT looks it up."""
+    paths = {stem.removesuffix(".weight").partition(".")[2] for stem in (name, canonical(name))}
+    matching = (key for key in patterns if any(re.fullmatch(rf"(.*\.)?({key})", path) for path in paths))
+    return patterns.get(next(matching, None), default)
 
 
 def _endings(network: str, updates: Mapping[str, LowRank], format: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from diffusers.loaders import lora_base
 
 import editing
 import mediation
@@ -132,6 +133,77 @@ def test_a_foreign_file_is_scaled_by_alpha_over_rank(tmp_path, tiny_pipe):
     safetensors.torch.save_file(tensors, tmp_path / "foreign.safetensors")
     (update,) = editing.import_lora(tmp_path / "foreign.safetensors", tiny_pipe).updates.values()
     torch.testing.assert_close(update.dense(), 0.25 * up.double() @ down.half().double(), rtol=0, atol=1e-5)
+
+
+ATTENTION = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+
+
+def adapter_file(path, endings=("lora_A.weight", "lora_B.weight"), **config):
+    """A LoRA of two layers of the U-Net, with PEFT's configuration of them in the header."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for stem, d_in in ((f"{ATTENTION}.to_k", 32), (f"{ATTENTION}.to_q", 16)):
+        for ending, shape in zip(endings, ((4, d_in), (16, 4)), strict=True):
+            tensors[f"{stem}.{ending}"] = torch.randn(shape, generator=random)
+    header = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": header})
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "of_key", "of_query"),
+    [
+        ({"r": 4, "lora_alpha": 16}, 4, 4),
+        ({"r": 4, "lora_alpha": 16, "use_rslora": True}, 8, 8),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"to_k": 12}}, 3, 0.5),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {r"^mid_block\..*attn2\.to_q": 12}}, 0.5, 3),
+        ({"r": 8, "lora_alpha": 4, "rank_pattern": {"to_[kq]": 4}, "alpha_pattern": {"o_k": 1}}, 1, 1),
+        ({}, 1, 1),
+    ],
+)
+def test_the_header_tells_how_strong_each_layer_is(config, of_key, of_query, tmp_path, tiny_pipe):
+    tensors = adapter_file(tmp_path / "adapter.safetensors", **config)
+    updates = editing.import_lora(tmp_path / "adapter.safetensors", tiny_pipe).updates
+    for layer, scale in (("to_k", of_key), ("to_q", of_query)):
+        down, up = (tensors[f"{ATTENTION}.{layer}.lora_{part}.weight"].double() for part in "AB")
+        found = updates[f"{ATTENTION}.{layer}.weight"].dense()
+        torch.testing.assert_close(found, scale * up @ down, rtol=1e-6, atol=1e-5)
+
+
+def test_a_header_of_other_networks_says_nothing(tmp_path, tiny_pipe):
+    tensors = {f"{LAYER}.lora_A.weight": torch.ones(4, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 4)}
+    header = json.dumps({"unet.r": 4, "unet.lora_alpha": 16})
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": header})
+    (update,) = editing.import_lora(tmp_path / "a.safetensors", tiny_pipe).updates.values()
+    assert (update.dense() == 4).all()
+
+
+@pytest.mark.parametrize("config", [{"r": 8, "lora_alpha": 8}, {"r": 4}, {"lora_alpha": 4}])
+def test_a_header_that_does_not_fit_the_factors_is_refused(config, tmp_path, tiny_pipe):
+    adapter_file(tmp_path / "adapter.safetensors", **config)
+    with pytest.raises(ValueError, match=r"to_k.weight by factors of rank 4, and says in its header that the rank is"):
+        editing.import_lora(tmp_path / "adapter.safetensors", tiny_pipe)
+
+
+@needs_peft
+@pytest.mark.skipif(not hasattr(lora_base, "LORA_ADAPTER_METADATA_KEY"), reason="this diffusers reads no header")
+def test_a_header_means_what_the_real_loader_takes_it_for(tmp_path, fresh_pipe):
+    layers = [f"{ATTENTION}.{name}".removeprefix("unet.") for name in ("to_k", "to_q")]
+    config = {"r": 4, "lora_alpha": 16, "alpha_pattern": {"to_q": 1}, "target_modules": layers}
+    adapter_file(tmp_path / "adapter.safetensors", **config)
+    plain = picture(fresh_pipe)
+    with editing.import_lora(tmp_path / "adapter.safetensors", fresh_pipe).applied(fresh_pipe):
+        ours = picture(fresh_pipe)
+    assert (ours - plain).abs().max() > 1e-3, "there was something to see"
+    fresh_pipe.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
+    torch.testing.assert_close(picture(fresh_pipe), ours, rtol=0, atol=1e-4)
+
+
+def test_diffusers_own_names_in_a_unet_are_read(tmp_path, tiny_pipe):
+    adapter_file(tmp_path / "peft.safetensors")
+    adapter_file(tmp_path / "diffusers.safetensors", ("lora.down.weight", "lora.up.weight"))
+    read = [editing.import_lora(tmp_path / f"{name}.safetensors", tiny_pipe) for name in ("peft", "diffusers")]
+    same(*read, atol=0)
 
 
 @pytest.mark.parametrize(
