@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from editing.updates import Update
-from mediation.parameters import check_precision, locate, mismatch, sha256
+from mediation.parameters import check_precision, is_read, locate, mismatch, sha256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,13 +41,18 @@ def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], 
 
     Raises:
         RuntimeError: if this edit is already applied to the pipeline.
-        ValueError: if the pipeline lacks a parameter, or has it quantized, or has another base, or the sum overflows
-            its dtype.
+        ValueError: if the pipeline lacks a parameter, or has it quantized, or does not read it, or has another base, or
+            the sum overflows its dtype.
     """
     places = {name: locate(pipe, name) for name in updates}
     for name, place in places.items():
         if any(change.edit is edit for change in _stack(*place)):
             raise RuntimeError(f"this edit is already applied to {name}: revert it first, or apply edit.scaled(2)")
+        if not is_read(pipe, name):
+            raise ValueError(
+                f"nothing reads {name} as the pipeline is: its attention's projections were fused, or unfused, since"
+                " the edit was made. Call pipe.unfuse_qkv_projections() or pipe.fuse_qkv_projections() first"
+            )
         _check(name, place, updates[name], base)
     with contextlib.ExitStack() as undo:
         for name, place in places.items():
@@ -64,7 +69,7 @@ def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update])
     """Puts back the weights that an edit replaced, bit by bit: all of them, or none.
 
     Raises:
-        RuntimeError: if the edit is not applied to the pipeline, or the weights were changed since.
+        RuntimeError: if the edit is not applied to the pipeline, or the weights were changed or fused since.
     """
     places = {name: locate(pipe, name) for name in updates}
     for name, place in places.items():
@@ -73,6 +78,12 @@ def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update])
             raise RuntimeError(f"this edit is not applied to {name} of this pipeline")
         if stack[-1].edit is not edit:
             raise RuntimeError(f"another edit was applied to {name} later, and is still there: revert that one first")
+        # What was fused later keeps the change; what was fused when it was edited is gone once that is undone.
+        if not is_read(pipe, name) and not name.endswith(("to_kv.weight", "to_qkv.weight")):
+            raise RuntimeError(
+                f"{name} was fused with others since the edit was applied, and reverting would not be seen: call"
+                " pipe.unfuse_qkv_projections() first"
+            )
         if weight.dtype != stack[-1].before.dtype:
             raise RuntimeError(
                 f"{name} was {stack[-1].before.dtype} when the edit was applied and is {weight.dtype} now: what was"

@@ -69,8 +69,8 @@ class Edit:
 
         Raises:
             RuntimeError: if this edit is already applied to the pipeline.
-            ValueError: if the pipeline lacks a parameter, or has it quantized, or has other weights, or the sum
-                overflows its dtype.
+            ValueError: if the pipeline lacks a parameter, or has it quantized, or does not read it since projections
+                were fused or unfused, or has other weights, or the sum overflows its dtype.
 
         Example:
             >>> import editing, mediation
@@ -88,7 +88,7 @@ class Edit:
 
         Raises:
             RuntimeError: if the edit is not applied to this pipeline, or another edit of the same parameter was
-                applied later, or the weights were changed or moved to another dtype since.
+                applied later, or the weights were changed, fused or moved to another dtype since.
 
         Example:
             >>> import editing, mediation

@@ -9,10 +9,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.models.clip import modeling_clip
 
+from mediation.families.unet import unread_projections
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.sites import Site, resolve, sites
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_kv", "to_qkv")
 _CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 # transformers < 5.6 wraps CLIPTextModel's layers in a module of this name, later versions do not
 _WRAPPED = hasattr(modeling_clip, "CLIPTextTransformer")
@@ -60,6 +62,16 @@ def locate(pipe: DiffusionPipeline, name: str) -> tuple[nn.Module, str]:
             raise ValueError(f"{name} is offloaded: edit the pipeline before offloading it")
         return module, attribute
     raise ValueError(f"this {type(pipe).__name__} has no parameter {name}: the edit is for another architecture")
+
+
+def is_read(pipe: DiffusionPipeline, name: str) -> bool:
+    """Whether the pipeline reads a parameter: an attention reads its projections one by one, or fused, not both."""
+    layer, _, _ = name.rpartition(".")
+    owner, _, projection = layer.rpartition(".")
+    if projection not in _PROJECTIONS:
+        return True
+    network, _, path = owner.partition(".")
+    return projection not in unread_projections(getattr(pipe, network).get_submodule(path))
 
 
 def choose(pipe: DiffusionPipeline, chosen: Site | str | Sequence[Site | str] | None) -> dict[str, Site]:

@@ -87,9 +87,7 @@ class StableDiffusion:
         doors = []
         for path, module in unet.named_modules():
             if path.endswith("attn2"):
-                # Only the processor says whether fused projections are in use: unfusing leaves them in place.
-                fused = "Fused" in type(module.processor).__name__
-                doors += [f"{path}.to_kv"] if fused else [f"{path}.to_k", f"{path}.to_v"]
+                doors += [f"{path}.to_kv"] if _is_fused(module) else [f"{path}.to_k", f"{path}.to_v"]
         return doors
 
     @staticmethod
@@ -159,6 +157,18 @@ class StableDiffusion:
         if pipe.unet.config.encoder_hid_dim_type == "ip_image_proj":
             return "it has an IP-Adapter, whose image is no part of a case: unload it first"
         return None
+
+
+def unread_projections(attention: nn.Module) -> tuple[str, ...]:
+    """Which of its projections an attention does not read: fused ones, or those that were fused."""
+    if not _is_fused(attention):
+        return "to_qkv", "to_kv"
+    return ("to_k", "to_v") if attention.is_cross_attention else ("to_q", "to_k", "to_v")
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    # Only the processor says whether fused projections are in use: unfusing leaves them in place.
+    return "Fused" in type(getattr(attention, "processor", None)).__name__
 
 
 def _block_spots(block: nn.Module, position: str, path: str) -> Iterator[Spot]:
