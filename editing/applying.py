@@ -6,6 +6,7 @@ parameter, so they end with it, and pipelines that share a network share them.
 
 import contextlib
 import dataclasses
+import hashlib
 import weakref
 from collections.abc import Mapping
 
@@ -14,12 +15,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from editing.updates import Update
-from mediation.parameters import check_precision, is_read, locate, mismatch, sha256
+from mediation.parameters import canonical, check_precision, is_read, locate, mismatch, sha256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Change:
-    edit: object
+    edit: str
     before: torch.Tensor
     result: str  # SHA-256 of what was written
 
@@ -30,13 +31,12 @@ class _Change:
 _CHANGES: weakref.WeakKeyDictionary[nn.Module, dict[str, list[_Change]]] = weakref.WeakKeyDictionary()
 
 
-def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], base: Mapping | None) -> None:
+def apply(pipe: DiffusionPipeline, updates: Mapping[str, Update], base: Mapping | None) -> None:
     """Adds an edit's updates to a pipeline's weights: all of them, or none if anything goes wrong.
 
     Args:
         pipe: the pipeline.
-        edit: whose updates these are; the same object takes them back.
-        updates: by parameter name.
+        updates: by parameter name; equal ones take them back.
         base: fingerprints by parameter name; None skips the comparison.
 
     Raises:
@@ -44,9 +44,9 @@ def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], 
         ValueError: if the pipeline lacks a parameter, or has it quantized, or does not read it, or has another base, or
             the sum overflows its dtype.
     """
-    places = {name: locate(pipe, name) for name in updates}
+    edit, places = _digest(updates), {name: locate(pipe, name) for name in updates}
     for name, place in places.items():
-        if any(change.edit is edit for change in _stack(*place)):
+        if any(change.edit == edit for change in _stack(*place)):
             raise RuntimeError(f"this edit is already applied to {name}: revert it first, or apply edit.scaled(2)")
         if not is_read(pipe, name):
             raise ValueError(
@@ -65,18 +65,18 @@ def apply(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update], 
         undo.pop_all()
 
 
-def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update]) -> None:
+def revert(pipe: DiffusionPipeline, updates: Mapping[str, Update]) -> None:
     """Puts back the weights that an edit replaced, bit by bit: all of them, or none.
 
     Raises:
         RuntimeError: if the edit is not applied to the pipeline, or the weights were changed or fused since.
     """
-    places = {name: locate(pipe, name) for name in updates}
+    edit, places = _digest(updates), {name: locate(pipe, name) for name in updates}
     for name, place in places.items():
         stack, weight = _stack(*place), _parameter(*place)
-        if not any(change.edit is edit for change in stack):
+        if not any(change.edit == edit for change in stack):
             raise RuntimeError(f"this edit is not applied to {name} of this pipeline")
-        if stack[-1].edit is not edit:
+        if stack[-1].edit != edit:
             raise RuntimeError(f"another edit was applied to {name} later, and is still there: revert that one first")
         # What was fused later keeps the change; what was fused when it was edited is gone once that is undone.
         if not is_read(pipe, name) and not name.endswith(("to_kv.weight", "to_qkv.weight")):
@@ -97,6 +97,12 @@ def revert(pipe: DiffusionPipeline, edit: object, updates: Mapping[str, Update])
     for place in places.values():
         _write(*place, _stack(*place)[-1].before)
         _stack(*place).pop()
+
+
+def _digest(updates: Mapping[str, Update]) -> str:
+    """Tells edits apart by what they change: one that was loaded again is the same."""
+    tensors = {(canonical(name), part): x for name, update in updates.items() for part, x in update.tensors.items()}
+    return hashlib.sha256(repr({key: (x.shape, sha256(x)) for key, x in sorted(tensors.items())}).encode()).hexdigest()
 
 
 def _check(name: str, place: tuple[nn.Module, str], update: Update, base: Mapping | None) -> None:

@@ -68,7 +68,7 @@ class Edit:
             force: applies the edit to other weights too.
 
         Raises:
-            RuntimeError: if this edit is already applied to the pipeline.
+            RuntimeError: if this edit is already applied to the pipeline, by another copy of it or not.
             ValueError: if the pipeline lacks a parameter, or has it quantized, or does not read it since projections
                 were fused or unfused, or has other weights, or the sum overflows its dtype.
 
@@ -79,10 +79,10 @@ class Edit:
             >>> edit.apply(pipe)
             >>> edit.revert(pipe)
         """
-        applying.apply(pipe, self, self.updates, None if force else self.metadata["base"])
+        applying.apply(pipe, self.updates, None if force else self.metadata["base"])
 
     def revert(self, pipe: DiffusionPipeline) -> None:
-        """Puts the weights back that the edit replaced, bit by bit.
+        """Puts the weights back that the edit replaced, bit by bit, if it was applied by another copy of it too.
 
         Edits of the same parameter are taken back in reverse order; edits of different parameters in any order.
 
@@ -98,7 +98,7 @@ class Edit:
             Traceback (most recent call last):
             RuntimeError: this edit is not applied to text_encoder...
         """
-        applying.revert(pipe, self, self.updates)
+        applying.revert(pipe, self.updates)
 
     @contextlib.contextmanager
     def applied(self, pipe: DiffusionPipeline, *, force: bool = False) -> Iterator[DiffusionPipeline]:

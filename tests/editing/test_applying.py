@@ -65,3 +65,21 @@ def test_what_fused_attentions_still_read_can_be_edited(fresh_pipe):
     with text.applied(fresh_pipe):
         assert not torch.equal(picture(fresh_pipe), plain)
     assert torch.equal(picture(fresh_pipe), plain)
+
+
+def test_copies_of_an_edit_are_the_same_edit(crossed, fresh_pipe, tmp_path):
+    crossed.save(tmp_path / "edit.safetensors")
+    one, two = (editing.load(tmp_path / "edit.safetensors") for _ in range(2))
+    before = {name: value.clone() for name, value in fresh_pipe.unet.state_dict().items()}
+    one.apply(fresh_pipe)
+    edited = {name: value.clone() for name, value in fresh_pipe.unet.state_dict().items()}
+    for copy in (two, crossed):
+        with pytest.raises(RuntimeError, match="already applied"):
+            copy.apply(fresh_pipe)
+        assert all(torch.equal(value, edited[name]) for name, value in fresh_pipe.unet.state_dict().items())
+    with pytest.raises(RuntimeError, match="not applied to"):
+        one.scaled(2).revert(fresh_pipe)
+    two.revert(fresh_pipe)
+    assert all(torch.equal(value, before[name]) for name, value in fresh_pipe.unet.state_dict().items())
+    with pytest.raises(RuntimeError, match="not applied to"):
+        one.revert(fresh_pipe)
