@@ -74,8 +74,10 @@ def evaluate(
         What has no classifier or scorer is left out. `summarize_evaluation` has intervals.
 
     Raises:
+        RuntimeError: if an edit is already applied to the pipeline.
         ValueError: if there are no seeds or one is there twice, or a trial's factor has no classifier, or a classifier
-            does not know its labels, or names clash, or `unedited` was made for something else.
+            does not know its labels, or names clash, or an edit is for another pipeline, or `unedited` was made for
+            something else.
 
     Example:
         >>> import editing, mediation
@@ -106,6 +108,9 @@ def evaluate(
     if unedited is not None:
         names = ["latents", *judge.names, *(["images"] if keep_images or lpips else [])]
         columns = {name: [values] for name, values in _taken_over(unedited, names, coords, attrs).items()}
+    for one in edits.values():  # what cannot be applied is to fail now, and not behind the unedited pictures
+        with one.applied(pipe):
+            pass
     models = list(edits) if columns else [UNEDITED, *edits]
     with tqdm(total=len(jobs) * len(models), desc="pictures", disable=None if progress else True) as bar:
         for model in models:

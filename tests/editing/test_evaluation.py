@@ -13,6 +13,7 @@ import mediation
 from editing import evaluation
 from editing.suites import Suite, Trial
 from mediation.metrics import ClassProbability
+from tests import tiny
 
 SAMPLING = {"num_inference_steps": 2, "guidance_scale": 3.0}
 TRIALS = (
@@ -249,3 +250,14 @@ def test_bad_input_is_refused_before_anything_is_drawn(tiny_pipe, edits, argumen
     options = {"pipe": tiny_pipe, "edit": edits["one"], "suite": TRIALS} | arguments
     with pytest.raises(ValueError, match=message):
         editing.evaluate(**options)
+
+
+def test_every_edit_is_tried_before_anything_is_drawn(fresh_pipe, edits, monkeypatch):
+    monkeypatch.setattr(fresh_pipe.unet, "forward", lambda *_, **__: pytest.fail("the U-Net ran"))
+    other = editing.quickfix(tiny.stable_diffusion(seed=1), {"ink": "noto"})
+    before = {name: value.clone() for name, value in fresh_pipe.unet.state_dict().items()}
+    with pytest.raises(ValueError, match="made for another base model"):
+        editing.evaluate(fresh_pipe, edits | {"other": other}, TRIALS)
+    assert all(torch.equal(value, before[name]) for name, value in fresh_pipe.unet.state_dict().items())
+    with edits["two"].applied(fresh_pipe), pytest.raises(RuntimeError, match="already applied"):
+        editing.evaluate(fresh_pipe, edits, TRIALS)
