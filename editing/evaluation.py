@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from editing.edit import Edit
+from editing.judging import JUDGES, Judge
 from editing.suites import Suite, Trial
 from mediation import bundled
-from mediation.cases import Case
 from mediation.distances import LPIPS
 from mediation.metrics import ClassProbability, CLIPScore
 from mediation.parameters import digest
@@ -57,8 +57,9 @@ def evaluate(
         guidance_scale: of classifier-free guidance.
         batch_size: pictures drawn together; it changes them in their last digits.
         keep_images: keeps pictures and final latents in the result, for `plot_sheet` and for `unedited`.
-        unedited: an earlier result with images for the same suite, seeds, sampling and weights, of which reports have a
-            digest; its unedited pictures are taken over, with all that was said of them, and not drawn again.
+        unedited: an earlier result with images for the same suite, seeds, sampling and weights, by the same judges, of
+            which reports have digests; its unedited pictures are taken over, with all that was said of them, and not
+            drawn again.
         progress: shows a progress bar in interactive runs.
 
     Returns:
@@ -77,7 +78,7 @@ def evaluate(
         RuntimeError: if an edit is already applied to the pipeline.
         ValueError: if there are no seeds or one is there twice, or a trial's factor has no classifier, or a classifier
             does not know its labels, or names clash, or an edit is for another pipeline, or `unedited` was made for
-            something else.
+            something else or judged by others.
 
     Example:
         >>> import editing, mediation
@@ -97,12 +98,12 @@ def evaluate(
         factors = {trial.factor for trial in trials if trial.factor}
         classifiers = classifiers or {factor: bundled.attribute_probability(factor) for factor in factors} or None
         scorer = bundled.load_scorer() if scorer is None else scorer
-    judge = _Judge(trials, classifiers, scorer)
+    judge = Judge(trials, classifiers, scorer)
     # Noise of its own for every trial: with one for all, a suite would judge a single composition.
     noise_seeds = [[_noise_seed(seed, place) for seed in seeds] for place in range(len(trials))]
     jobs = [(trial, noise_seed) for trial, row in zip(trials, noise_seeds, strict=True) for noise_seed in row]
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    coords, attrs = _coords(trials) | {"seed": seeds}, _attrs(edits, sampling, pipe)
+    coords, attrs = _coords(trials) | {"seed": seeds}, _attrs(edits, sampling, pipe) | judge.described()
 
     columns: dict[str, list] = {}
     if unedited is not None:
@@ -174,62 +175,6 @@ def _lpips(lpips: LPIPS, images: numpy.ndarray, others: numpy.ndarray, batch_siz
     return torch.cat([lpips.distance(*pair) for pair in chunks]).double().cpu().numpy()
 
 
-class _Judge:
-    """What classifiers and a scorer say of pictures, one value per picture."""
-
-    def __init__(
-        self,
-        trials: Sequence[Trial],
-        classifiers: Mapping[str, ClassProbability] | None,
-        scorer: CLIPScore | None,
-    ):
-        self.classifiers, self.scorer = classifiers, scorer
-        for trial in trials if classifiers is not None else ():
-            if trial.factor and trial.factor not in classifiers:
-                known = ", ".join(classifiers) or "none"
-                raise ValueError(
-                    f"no classifier was given for the factor {trial.factor!r} of {trial.prompt!r}, but {known}"
-                )
-            for label in filter(None, (trial.source, trial.target)):
-                known = list(map(str, classifiers[trial.factor].labels))
-                if label not in known:
-                    raise ValueError(f"the classifier of {trial.factor} has no label {label!r}; it knows {known}")
-
-    @property
-    def names(self) -> list[str]:
-        """What is said of every picture."""
-        labels = ["label", "is_source", "is_target"] if self.classifiers is not None else []
-        return labels + (["source_score", "target_score"] if self.scorer is not None else [])
-
-    def __call__(self, images: torch.Tensor, trials: Sequence[Trial]) -> dict[str, numpy.ndarray]:
-        found = {}
-        if self.classifiers is not None:
-            seen = self._labels(images, trials)
-            found["label"] = numpy.array(seen, dtype=str)
-            for which in ("source", "target"):
-                wanted = [getattr(trial, which) for trial in trials]
-                found[f"is_{which}"] = numpy.array(
-                    [float(a == b) if b else numpy.nan for a, b in zip(seen, wanted, strict=True)]
-                )
-        if self.scorer is not None:
-            for which, texts in (
-                ("source", [trial.prompt for trial in trials]),
-                ("target", [trial.target_prompt for trial in trials]),
-            ):
-                found[f"{which}_score"] = self.scorer(images, None, [Case(text, subject=text) for text in texts])
-        return found
-
-    @torch.no_grad()
-    def _labels(self, images: torch.Tensor, trials: Sequence[Trial]) -> list[str]:
-        seen = [""] * len(trials)
-        for factor in {trial.factor for trial in trials if trial.factor}:
-            rows = [row for row, trial in enumerate(trials) if trial.factor == factor]
-            judge = self.classifiers[factor]
-            for row, best in zip(rows, judge.classifier(images[rows]).argmax(-1).tolist(), strict=True):
-                seen[row] = str(judge.labels[best])
-        return seen
-
-
 def _taken_over(report: xarray.Dataset, names: Sequence[str], coords: Mapping, attrs: Mapping) -> dict:
     """What an earlier report has of the unedited pictures, one value per picture; it must be of the same ones."""
     if missing := [name for name in names if name not in report]:
@@ -237,6 +182,8 @@ def _taken_over(report: xarray.Dataset, names: Sequence[str], coords: Mapping, a
     wanted = {name: values[1] if isinstance(values, tuple) else values for name, values in coords.items()}
     different = [name for name, values in wanted.items() if report[name].values.tolist() != values]
     different += [name for name, value in attrs.items() if name != "edits" and report.attrs.get(name) != value]
+    if different and set(different) <= JUDGES:
+        raise ValueError(f"`unedited` was judged by others: it differs in {', '.join(different)}; make it again")
     if different:
         raise ValueError(f"`unedited` is of other pictures: it differs in {', '.join(different)}")
     dtypes = {"label": str, "images": numpy.uint8}

@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -201,9 +201,14 @@ def digest(pipe: DiffusionPipeline) -> str:
     The sums take one pass over the weights, where they are: much less than a step of sampling. They tell of any weight
     that changes, however little; but weights that trade places in one parameter go unnoticed.
     """
+    return digest_of({part: network for part, network in pipe.components.items() if isinstance(network, nn.Module)})
+
+
+def digest_of(networks: Mapping[str, nn.Module]) -> str:
+    """The same of networks by name."""
     running, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for part, network in sorted(pipe.components.items()):
-        for name, tensor in network.state_dict().items() if isinstance(network, nn.Module) else ():
+    for part, network in sorted(networks.items()):
+        for name, tensor in network.state_dict().items():
             flat = tensor.detach().reshape(-1)
             # What is offloaded layer by layer has a name and a shape only.
             total = "" if tensor.is_meta else int(flat.view(integers[flat.element_size()]).sum())

@@ -1,5 +1,6 @@
 """Evaluation on a tiny pipeline: whose pictures are judged, by what, and against what."""
 
+import copy
 import importlib.metadata
 import json
 
@@ -195,6 +196,47 @@ def test_unedited_pictures_of_other_weights_are_refused(fresh_pipe, edits, repor
     monkeypatch.setattr(fresh_pipe.unet, "forward", lambda *_, **__: pytest.fail("the U-Net ran"))
     with pytest.raises(ValueError, match="of other pictures: it differs in weights"):
         again(fresh_pipe, edits["one"], report)
+
+
+class OtherScorer(Scorer):
+    pass
+
+
+class ScaledScorer(Scorer):
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class NetworkScorer(Scorer):
+    def __init__(self, weight):
+        self.model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.model.weight, weight)
+        torch.nn.init.zeros_(self.model.bias)
+
+
+def darkness(images):
+    return brightness(images).flip(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("scorer", Scorer(), OtherScorer()),
+        ("scorer", ScaledScorer(1), ScaledScorer(2)),
+        ("scorer", NetworkScorer(1.0), NetworkScorer(1.001)),
+        ("classifiers", CLASSIFIERS, CLASSIFIERS | {"style": ClassProbability(darkness, ["dark", "light"])}),
+        ("classifiers", CLASSIFIERS, CLASSIFIERS | {"style": ClassProbability(brightness, ["light", "dark"])}),
+    ],
+)
+def test_what_others_said_of_unedited_pictures_is_refused(tiny_pipe, edits, monkeypatch, name, first, second):
+    options = {"keep_images": True, "num_inference_steps": 1, "progress": False}
+    made = editing.evaluate(tiny_pipe, edits["one"], TRIALS, **options, **{name: first})
+    monkeypatch.setattr(evaluation, "_draw", lambda *_: pytest.fail("pictures were drawn"))
+    with pytest.raises(ValueError, match=f"`unedited` was judged by others: it differs in {name}; make it again"):
+        editing.evaluate(tiny_pipe, edits["one"], TRIALS, **options, **{name: second}, unedited=made)
+    monkeypatch.undo()
+    again = {name: copy.deepcopy(first)}
+    editing.evaluate(tiny_pipe, edits["one"], TRIALS, **options, **again, unedited=made)
 
 
 def test_a_report_may_know_more_of_unedited_pictures_than_is_asked(tiny_pipe, edits, report):
