@@ -12,6 +12,8 @@ import xarray
 import editing
 import mediation
 
+_LARGEST_SEED = 2**31 - 1
+
 
 def evaluate(
     edit: Annotated[pathlib.Path, typer.Argument(help="An edit file.")],
@@ -36,6 +38,8 @@ def evaluate(
     """
     if suite is not None and n is not None:
         raise ValueError("--n is for suites that are made up, and all of a --suite is drawn: leave one of them out")
+    if too_large := [one for one in seed if one > _LARGEST_SEED]:
+        raise ValueError(f"integers in netCDF end at {_LARGEST_SEED}: no seed can be {too_large[0]}")
     distance = mediation.LPIPS() if lpips else None
     loaded = editing.load(edit)
     pairs = _pairs_of(loaded.metadata)

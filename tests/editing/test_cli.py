@@ -181,6 +181,7 @@ def test_pairs_and_lambdas_are_read():
         (["cross-attention", "ink=noto", "--layer", "unet.mid"], "no site 'unet.mid'"),
         (["quickfix", "ink=noto", "--regularization", "strong"], "or \"relative:0.1\"; got 'strong'"),
         (["quickfix", "ink=noto", "--site", "text_encoder.99.mlp"], "no site 'text_encoder.99.mlp'"),
+        (["evaluate", "missing.safetensors", "--seed", "5000000000"], "end at 2147483647: no seed can be 5000000000"),
         (["show", "missing.safetensors"], "missing.safetensors"),
         (["show", "edit.pt"], "end in .safetensors"),
     ],
