@@ -11,6 +11,7 @@ import xarray
 
 import editing
 import mediation
+from mediation.metrics import CLIPScore
 
 _LARGEST_SEED = 2**31 - 1
 
@@ -29,6 +30,7 @@ def evaluate(
     seed: Annotated[list[int], typer.Option(help="Seed of the noise; give it as often as needed.")] = (0,),
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    scorer: Annotated[pathlib.Path | None, typer.Option(help="Folder of a CLIP model for CLIPScores.")] = None,
     lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; needs the extra lpips.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -41,6 +43,7 @@ def evaluate(
     if too_large := [one for one in seed if one > _LARGEST_SEED]:
         raise ValueError(f"integers in netCDF end at {_LARGEST_SEED}: no seed can be {too_large[0]}")
     distance = mediation.LPIPS() if lpips else None
+    judge = CLIPScore.from_pretrained(scorer) if scorer is not None else None
     loaded = editing.load(edit)
     pairs = _pairs_of(loaded.metadata)
     if suite is None and (pipeline is not None or not pairs):
@@ -49,7 +52,7 @@ def evaluate(
         trials = editing.emoji_suite(pairs, n=20 if n is None else n)
     else:
         trials = editing.Suite.read(suite, pairs=pairs or None)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "lpips": distance}
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "scorer": judge, "lpips": distance}
     pipe = mediation.load_pipeline(pipeline)
     report = editing.evaluate(pipe, loaded, trials, seeds=list(seed), keep_images=True, **options)
     summary = editing.summarize_evaluation(report)

@@ -6,11 +6,14 @@ import shlex
 
 import pytest
 import torch
+import xarray
 from typer.testing import CliRunner
 
 import editing
 import mediation
 from editing.cli import _lambda, _pairs, app
+from mediation import bundled
+from tests import tiny
 
 COMMANDS = ("quickfix", "cross-attention", "show", "apply", "export", "evaluate")
 
@@ -132,6 +135,24 @@ def test_a_list_of_labelled_prompts_is_read_by_the_pairs_of_the_edit(ink, tmp_pa
     refused = CliRunner().invoke(app, ["evaluate", str(ink), "--suite", str(tmp_path / "list.csv"), "--n", "3"])
     assert refused.exit_code == 1
     assert "leave one of them out" in " ".join(refused.output.split())
+
+
+def test_pictures_of_other_pipelines_are_compared_with_texts_by_a_scorer(tmp_path):
+    """Which is also the bundled one's, if it is given; the bundled probe judges no others."""
+    pipe, prompt = tiny.stable_diffusion(), "a ink cat"
+    pipe.save_pretrained(tmp_path / "pipe")
+    editing.quickfix(pipe, {"ink": "noto"}).save(tmp_path / "edit.safetensors")
+    editing.Suite([editing.Trial(prompt, "efficacy", "a noto cat")]).save(tmp_path / "suite.csv")
+    scorer = bundled.pipeline_folder().parent / "clip"
+    options = ["--pipeline", tmp_path / "pipe", "--suite", tmp_path / "suite.csv", "--steps", 1, "--scorer", scorer]
+    found = run("evaluate", tmp_path / "edit.safetensors", *options, "--output", tmp_path / "report", "--json")
+    means = {(row["measure"], row["model"]): row["mean"] for row in json.loads(found.output)}
+    report = xarray.load_dataset(tmp_path / "report" / "report.nc", engine="scipy")
+    generator = torch.Generator().manual_seed(report.noise_seed.item())
+    image = pipe([prompt], num_inference_steps=1, generator=[generator], output_type="pt").images
+    expected = bundled.load_scorer()(image, None, [mediation.Case(prompt, subject=prompt)])
+    assert means["source_score", "unedited"] == pytest.approx(expected.item(), abs=1e-2)
+    assert "is_source" not in report
 
 
 def test_edits_are_added_scaled_and_compressed(ink, tmp_path):
