@@ -4,6 +4,7 @@ import functools
 import json
 import operator
 import pathlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -54,6 +55,7 @@ def quickfix(
         list[str], typer.Option(help="Site of a text encoder, likewise; without it, its first attention.")
     ] = (),
     weight: _Weights = (),
+    as_json: _Json = False,
 ) -> None:
     """Make a text encoder read concepts as others (Diff-QuickFix).
 
@@ -69,7 +71,7 @@ def quickfix(
         site=site or None,
         weights=_weights(weight),
     )
-    _finish(edit, output)
+    _finish(edit, output, as_json)
 
 
 @_command
@@ -87,6 +89,7 @@ def cross_attention(
     regularization: _Lambda = None,
     tokens: Annotated[str | None, typer.Option(help="As for quickfix; without it, the method's.")] = None,
     weight: _Weights = (),
+    as_json: _Json = False,
 ) -> None:
     """Make cross-attentions read concepts as others, or, without a target, as nothing (UCE, LocoEdit, TIME).
 
@@ -103,7 +106,7 @@ def cross_attention(
         tokens=tokens,
         weights=_weights(weight),
     )
-    _finish(edit, output)
+    _finish(edit, output, as_json)
 
 
 @_command
@@ -112,12 +115,13 @@ def erase(
     output: _Output = pathlib.Path("edit.safetensors"),
     ratio: _Ratio = 0.001,
     per: _Per = "row",
+    as_json: _Json = False,
 ) -> None:
     """Set the weights to 0 that contribute most to a concept (CAD-Erase).
 
     Example: editing erase ink-scores.safetensors --ratio 0.002 --per matrix --output no-ink.safetensors
     """
-    _finish(editing.cad_erase(mediation.Attribution.load(attribution), ratio=ratio, per=per), output)
+    _finish(editing.cad_erase(mediation.Attribution.load(attribution), ratio=ratio, per=per), output, as_json)
 
 
 @_command
@@ -126,12 +130,13 @@ def amplify(
     output: _Output = pathlib.Path("edit.safetensors"),
     ratio: _Ratio = 0.001,
     per: _Per = "row",
+    as_json: _Json = False,
 ) -> None:
     """Set the weights to 0 that hinder a concept most (CAD-Amplify).
 
     Example: editing amplify more-ink-scores.safetensors --output more-ink.safetensors
     """
-    _finish(editing.cad_amplify(mediation.Attribution.load(attribution), ratio=ratio, per=per), output)
+    _finish(editing.cad_amplify(mediation.Attribution.load(attribution), ratio=ratio, per=per), output, as_json)
 
 
 _command(steer)
@@ -145,7 +150,7 @@ def show(edit: _Edit, as_json: _Json = False) -> None:
     """
     loaded = editing.load(edit)
     if as_json:
-        typer.echo(json.dumps({"metadata": dict(loaded.metadata), "report": dict(loaded.report)}))
+        _print_json(loaded)
         return
     typer.echo(repr(loaded))
     for key, value in loaded.metadata.items():
@@ -155,7 +160,8 @@ def show(edit: _Edit, as_json: _Json = False) -> None:
         relative = measures["relative_norm"]
         share = "" if relative is None else f", {relative:.2%} of the weight"
         typer.echo(f"  changes {name}: {describe_extent(measures)}, norm {measures['norm']:.4g}{share}")
-    _print_outcome(loaded)
+    for line in _outcome(loaded):
+        typer.echo(line)
 
 
 @_command
@@ -164,6 +170,7 @@ def apply(
     output: Annotated[pathlib.Path, typer.Option(help="A new folder for the edited pipeline.")],
     pipeline: _Pipeline = None,
     scale: Annotated[float, typer.Option(help="How much of the edits to apply.")] = 1.0,
+    as_json: _Json = False,
 ) -> None:
     """Write a pipeline folder with edits in its weights.
 
@@ -171,7 +178,7 @@ def apply(
     """
     edit = _scaled(functools.reduce(operator.add, map(editing.load, edits)), scale)
     editing.export_pipeline(edit, mediation.load_pipeline(pipeline), output)
-    typer.echo(f"{edit!r} is in {output}")
+    _tell(edit, output, f"{edit!r} is in {output}", as_json)
 
 
 @_command
@@ -181,18 +188,19 @@ def export(
     format: Annotated[str, typer.Option(help="diffusers, or kohya for A1111 and ComfyUI.")] = "diffusers",
     rank: Annotated[int | None, typer.Option(help="Compress to at most this rank.")] = None,
     scale: Annotated[float, typer.Option(help="How much of the edit to export.")] = 1.0,
+    as_json: _Json = False,
 ) -> None:
     """Write an edit as a LoRA file for other programs.
 
     Example: editing export ink.safetensors --format kohya --output ink-lora.safetensors
     """
-    chosen = _scaled(editing.load(edit), scale)
+    chosen, words = _scaled(editing.load(edit), scale), ""
     if rank is not None:
         chosen = chosen.compress(rank)
         lost = max(measures["relative_error"] for measures in chosen.report["parameters"].values())
-        typer.echo(f"compressed to rank {rank}: at most {lost:.2%} of a change is lost")
+        words = f"compressed to rank {rank}: at most {lost:.2%} of a change is lost\n"
     chosen.export_lora(output, format=format)
-    typer.echo(f"{chosen!r} is in {output}, for {format}")
+    _tell(chosen, output, f"{words}{chosen!r} is in {output}, for {format}", as_json)
 
 
 _command(evaluate)
@@ -236,24 +244,35 @@ def _scaled(edit: editing.Edit, scale: float) -> editing.Edit:
     return edit if scale == 1.0 else edit.scaled(scale)
 
 
-def _finish(edit: editing.Edit, output: pathlib.Path) -> None:
+def _finish(edit: editing.Edit, output: pathlib.Path, as_json: bool) -> None:
     edit.save(output)
-    typer.echo(f"{edit!r} in {1000 * edit.report['seconds']:.0f} ms, saved in {output}")
-    _print_outcome(edit)
+    words = f"{edit!r} in {1000 * edit.report['seconds']:.0f} ms, saved in {output}"
+    _tell(edit, output, "\n".join([words, *_outcome(edit)]), as_json)
 
 
-def _print_outcome(edit: editing.Edit) -> None:
+def _tell(edit: editing.Edit, output: pathlib.Path, words: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(edit, output=str(output))
+    else:
+        typer.echo(words)
+
+
+def _print_json(edit: editing.Edit, **more: str) -> None:
+    typer.echo(json.dumps(more | {"metadata": dict(edit.metadata), "report": dict(edit.report)}))
+
+
+def _outcome(edit: editing.Edit) -> Iterator[str]:
     if objective := edit.report.get("objective"):
         share = f"{edit.report['n_changed']:,} of {edit.report['n_weights']:,} weights"
         before, predicted = (f"{objective[when]:.4g}" for when in ("before", "predicted"))
-        typer.echo(f"  {share} set to 0: objective {before} before, {predicted} predicted after")
+        yield f"  {share} set to 0: objective {before} before, {predicted} predicted after"
     for entry in edit.report.get("residual", ()):
         target = entry["target"] or "nothing"
         if not isinstance(target, str):
             target = ", ".join(f"{share:.0%} {one}" for one, share in target.items())
         change = f"residual {entry['before']:.2f} before, {entry['after']:.2f} after"
-        typer.echo(f"  {entry.get('site', entry['network'])}, {entry['source']} -> {target}: {change}")
+        yield f"  {entry.get('site', entry['network'])}, {entry['source']} -> {target}: {change}"
     for entry in edit.report.get("interference", ()):
         kept = entry.get("concept", entry.get("prompt"))
         where = entry.get("site", entry["network"])
-        typer.echo(f"  {where}, {kept!r} preserved: values change by {entry['change']:.2%}")
+        yield f"  {where}, {kept!r} preserved: values change by {entry['change']:.2%}"

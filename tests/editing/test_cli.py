@@ -122,6 +122,22 @@ def test_json_is_for_machines(ink, tmp_path):
     assert row["low"] is None
 
 
+def test_every_command_that_makes_something_of_an_edit_has_json(ink, tmp_path):
+    made = tmp_path / "made.safetensors"
+    for command, *arguments in (
+        ["quickfix", "ink=noto", "--output", made],
+        ["cross-attention", "ink=", "--output", made],
+        ["export", ink, "--rank", 1, "--output", tmp_path / "lora.safetensors"],
+        ["apply", ink, "--output", tmp_path / "folder"],
+    ):
+        found = json.loads(run(command, *arguments, "--json").output)
+        assert found["output"] == str(arguments[-1])
+        edit = editing.load({"export": ink, "apply": ink}.get(command, made))
+        if command == "export":
+            edit = edit.compress(1)
+        assert (found["metadata"], found["report"]) == (edit.metadata, edit.report)
+
+
 def test_a_list_of_labelled_prompts_is_read_by_the_pairs_of_the_edit(ink, tmp_path):
     """Of whatever the edit was made of, too; a file that tells roles needs no pairs."""
     (tmp_path / "list.csv").write_text("prompt,style\na cat in the style of ink,ink\na cat in the style of flat,flat\n")
