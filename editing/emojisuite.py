@@ -37,7 +37,8 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: 
     Efficacy prompts name a source plainly; generality prompts name it in other words, positions and company.
     Half of the specificity prompts are efficacy prompts with the source's words left out, judged by what else is in
     them; the others name its neighbours, the target among them. Quality prompts are captions without a source, judged
-    by something else than what was edited.
+    by something else than what was edited. Where all values of a factor are sources, there are no neighbours, and
+    nothing but a source names that factor: all specificity prompts are of the first kind.
 
     Args:
         pairs: source concept -> target concept, as for the edit; "" as a target erases.
@@ -50,7 +51,7 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: 
 
     Raises:
         ValueError: if a concept is unknown to the model, a source is never said, or it has several targets or one of
-            another factor.
+            another factor, or so much is edited that nothing is left to name beside it.
 
     Example:
         >>> suite = emoji_suite({"ink": "noto"}, n=2)
@@ -73,32 +74,61 @@ def emoji_suite(pairs: Mapping[str, str], *, n: int = 20, seed: int = 0, avoid: 
             raise ValueError(f"no caption of Emoji Diffusion says {source!r}: it can be a target, and no source")
         if wanted and wanted.factor != concept.factor:
             raise ValueError(f"{source!r} is of the factor {concept.factor} and {target!r} of {wanted.factor}")
+        words = _said(concept, set(pairs))
+        _check_rest(concept, words)
         without: list[Trial] = []
         for role in ROLES:
-            drawn = _draw(role, concept, wanted, set(pairs), random.Random(f"{seed} {role} {source}"))
-            before, n_tries = len(trials), 0
-            for trial in without if role == "specificity" else ():
-                if len(trials) < before + n // 2:
-                    add(trial)
-            while len(trials) < before + n and (n_tries := n_tries + 1) <= 50 * n:
+            drawn = _draw(role, concept, wanted, set(pairs), words, random.Random(f"{seed} {role} {source}"))
+            before, n_tries, most_tries = len(trials), 0, 50 * n
+            if role == "specificity":
+                has_neighbours = bool(words[concept.factor])
+                most_without, most_tries = (n // 2, most_tries) if has_neighbours else (n, 0)
+                for trial in without:
+                    if len(trials) < before + most_without:
+                        add(trial)
+            while len(trials) < before + n and (n_tries := n_tries + 1) <= most_tries:
                 trial, partner = next(drawn)
                 if add(trial) and partner:
                     without.append(partner)
     return Suite(trials.values())
 
 
-def _draw(
-    role: str, concept: _Concept, wanted: _Concept | None, sources: set[str], rng: random.Random
-) -> Iterator[tuple[Trial, Trial | None]]:
-    """Trials of a role; those of efficacy with a partner, the same without the concept."""
-    factor, others = concept.factor, [name for name in _FACTORS if name != concept.factor]
+def _said(concept: _Concept, sources: set[str]) -> dict[str, list[str]]:
+    """By factor, the words that name it in prompts beside a concept: none that is edited."""
     factors = bundled.load_probe().config.factors
     words = {name: [label for label in factors[name] if label not in sources] for name in _FACTORS}
     words |= {name: [word for word in labels if word not in sources] for name, labels in _EXTRAS.items()}
     if concept.words in FACTS:  # whose neighbours are the other facts
         words["object"] += [fact for fact in FACTS if fact not in sources]
+    return words
+
+
+def _beside(factor: str) -> str:
+    """What a prompt is judged by that a concept of this factor was left out of."""
+    return "style" if factor == "object" else "object"
+
+
+def _check_rest(concept: _Concept, words: Mapping[str, list[str]]) -> None:
+    others = [name for name in _FACTORS if name != concept.factor and words[name]]
+    if not others or not (words[concept.factor] or _beside(concept.factor) in others):
+        gone = " and ".join(name for name in _FACTORS if not words[name])
+        raise ValueError(
+            f"every {gone} is edited, so that nothing is left to judge specificity or quality of {concept.words!r} by"
+        )
+
+
+def _draw(
+    role: str,
+    concept: _Concept,
+    wanted: _Concept | None,
+    sources: set[str],
+    words: Mapping[str, list[str]],
+    rng: random.Random,
+) -> Iterator[tuple[Trial, Trial | None]]:
+    """Trials of a role; those of efficacy with a partner, the same without the concept."""
+    factor, others = concept.factor, [name for name in _FACTORS if name != concept.factor and words[name]]
     while True:
-        scene = {name: _concept(rng.choice(words[name])) for name in _FACTORS}
+        scene = {name: _concept(rng.choice(words[name])) for name in _FACTORS if words[name]}
         if not sources.isdisjoint(_EXTRAS["pose"]):  # which other scenes have at random
             scene["pose"] = _concept(_UNSAID)
         wording = rng.randrange(2**32)
@@ -108,15 +138,14 @@ def _draw(
             prompt = _caption(scene, rich, wording, must=factor)
             after = _caption(scene | {factor: wanted}, rich, wording, must=factor) if wanted else None
             bare = _caption(scene, rich, wording, must=factor, left_out=factor)
-            if not rich:
-                judged = "style" if factor == "object" else "object"
+            if not rich and (judged := _beside(factor)) in scene:
                 partner = Trial(bare, "specificity", "", judged, scene[judged].label)
             label = wanted.label if wanted else ""
             yield Trial(prompt, role, after or bare, factor, concept.label, label), partner
             continue
         judged = factor
         if role == "quality":
-            judged = "object" if factor != "object" else rng.choice(others)
+            judged = "object" if "object" in others else rng.choice(others)
         elif factor in _EXTRAS:
             scene[factor] = _concept(rng.choice(words[factor]))
         prompt = _caption(scene, role == "quality" or rng.random() < 0.5, wording, must=judged)
@@ -126,21 +155,21 @@ def _draw(
 def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: str, left_out: str | None = None) -> str:
     """Words a scene: plainly, as edits do, or richly, in other words and in company; one factor may be left out."""
     rng = random.Random(wording)
-    kind, style, background = (scene[name] for name in _FACTORS)
+    kind, style, background = (scene.get(name) if name != left_out else None for name in _FACTORS)
     prefix, company, pose, turned = rng.choice(_PREFIXES), rng.random() < 0.5, rng.random() < 0.3, rng.random() < 0.3
-    noun = kind.words if kind.words in FACTS else _article(_noun(kind.label))
-    noun = "a thing" if left_out == "object" else noun
+    single, plural = (_noun(kind.label), _plural(kind.label)) if kind else ("thing", "things")
+    noun = kind.words if kind and kind.words in FACTS else _article(single)
     extras = {name: scene[name].words for name in _EXTRAS if name in scene and name != left_out}
     if "pose" in scene:
         pose = rich and extras.get("pose") == "upside down"
         if not rich and extras.get("pose") == "upside down":
-            noun = _article(f"upside down {_noun(kind.label)}")
+            noun = _article(f"upside down {single}")
     if "count" in extras:
-        noun = f"{extras['count']} {_noun(kind.label) if extras['count'] == 'one' else _plural(kind.label)}"
+        noun = f"{extras['count']} {single if extras['count'] == 'one' else plural}"
     parts = []
-    if left_out != "style":
+    if style:
         parts.append(f"in {style.label} style" if rich else f"in the style of {style.label}")
-    if left_out != "background" and (must == "background" or (rich and company)):
+    if background and (must == "background" or (rich and company)):
         parts.append(f"on {_article(background.label)} background")
     if rich:
         prefix = rng.choice(("", "a drawing of"))

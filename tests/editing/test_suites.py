@@ -221,6 +221,37 @@ def test_numbers_change_the_noun():
     assert len(numbers) == 2
 
 
+def all_of(factor):
+    """Every value of a factor read as the next one."""
+    labels = bundled.load_probe().labels(factor)
+    words = {"count": ["one", "two", "three"], "viewpoint": ["close up", "distant view"]}.get(factor, labels)
+    return dict(zip(words, [*words[1:], words[0]], strict=True))
+
+
+@pytest.mark.parametrize("factor", ["count", "viewpoint", "style", "background", "object"])
+def test_where_all_of_a_factor_is_edited_what_is_to_stay_does_not_name_it(factor):
+    pairs = all_of(factor)
+    suite = list(editing.emoji_suite(pairs, n=6))
+    n_of = {role: sum(trial.role == role for trial in suite) for role in ROLES}
+    most = 20 if factor == "object" else 6 * len(pairs)  # in each of four wordings, a thing in one of five styles
+    assert 0.95 * most < n_of.pop("specificity") <= most
+    assert set(n_of.values()) == {6 * len(pairs)}
+    for trial in suite:
+        named = [source for source in pairs if f" {source} " in f" {trial.prompt} ".replace(",", " ")]
+        assert len(named) == trial.changes
+        assert (trial.factor == factor) == trial.changes
+
+
+def test_whatever_else_is_edited_beside_all_of_a_factor_is_judged_by_the_rest():
+    suite = list(editing.emoji_suite(all_of("style") | {"cat": "dog"}, n=4))
+    of_the_cat = [trial for trial in suite if trial.factor == "object" and trial.source == "cat"]
+    assert {trial.role for trial in of_the_cat} == {"efficacy", "generality"}
+    assert not any(style in trial.prompt.split() for trial in of_the_cat for style in all_of("style"))
+    assert {trial.factor for trial in suite[-4:]} == {"background"}
+    with pytest.raises(ValueError, match="every object and style is edited, so that nothing is left to judge"):
+        editing.emoji_suite(all_of("style") | all_of("object"))
+
+
 def test_captions_say_upside_down_and_never_upright():
     suite = list(editing.emoji_suite({"upside down": "upright"}, n=20))
     for trial in suite:
