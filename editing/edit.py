@@ -60,8 +60,9 @@ class Edit:
     def apply(self, pipe: DiffusionPipeline, *, force: bool = False) -> None:
         """Adds the change to the pipeline's weights, in place.
 
-        The sum is taken in float64 and rounded once to the weights' dtype. Single weights that the edit takes away
-        become 0, whatever others did to them before. If it fails, no weight is changed.
+        The sum is taken in float64 and cast to the weights' dtype (by way of float32, if that is half precision).
+        Single weights that the edit takes away become 0, whatever others did to them before, and also in another dtype
+        than it was made in. If it fails, no weight is changed.
 
         Args:
             pipe: a pipeline with the weights that the edit was made for, in any dtype, edited by others or not.

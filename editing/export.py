@@ -19,7 +19,7 @@ def export_pipeline(edit: Edit, pipe: DiffusionPipeline, folder: str | os.PathLi
     The edit itself goes beside it, as "edit.safetensors", so that the folder tells what was done to it.
 
     Args:
-        edit: what is added to the weights, rounded once to their dtype.
+        edit: what is added to the weights, as `Edit.apply` does.
         pipe: a pipeline with the weights that the edit was made for.
         folder: a new or an empty folder.
 

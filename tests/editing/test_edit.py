@@ -59,7 +59,7 @@ def is_as(pipe, before):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_adds_the_change_and_rounds_once(fresh_pipe, dtype):
+def test_apply_adds_the_change_in_float64(fresh_pipe, dtype):
     pipe = fresh_pipe.to(dtype)
     edit = random_edit(pipe, A, B)
     before = snapshot(pipe)
