@@ -18,7 +18,7 @@ from editing.concepts import Prompt, Request
 from editing.edit import Edit
 from editing.pairing import TokenPairs, pair_tokens
 from editing.regularization import Regularization, checked_lambda, choose_lambda
-from editing.solvers import dual_keys, narrowed
+from editing.solvers import dual_keys, narrowed, orthonormal
 from editing.updates import LowRank
 from mediation.parameters import fingerprint
 from mediation.pipelines import family_of
@@ -117,7 +117,7 @@ def cross_attention_edit(
     known = Associations(token_pairs, keys, target_keys @ together.T, shifts @ together.T)
     value, strength = choose_lambda(regularization, known)
     options = {"regularization": value, "weights": token_pairs.weights, "n_edited": token_pairs.n_edited}
-    up, down = narrowed(shifts.T, dual_keys(keys, **options))
+    up, down = narrowed(*orthonormal(shifts.T, dual_keys(keys, **options)))
     updates = {name: LowRank(*narrowed(_weight(matrix) @ up, down)) for name, matrix in matrices.items()}
     clock.lap("solve")
     base = {name: fingerprint(pipe, name) for name in updates}

@@ -86,7 +86,7 @@ def ridge(
         weights: (key,), at least 0; None is 1 for each.
 
     Returns:
-        up, (d_out, rank), and down, (rank, d_in), float64: D = up @ down.
+        up, (d_out, rank), and down, (rank, d_in), float64: D = up @ down, with rows of `down` as of `orthonormal`.
 
     Raises:
         ValueError: if shapes disagree, something is not finite, or the system is singular in float64.
@@ -103,7 +103,7 @@ def ridge(
         raise ValueError("residuals must be finite")
     up = residuals.T
     down = dual_keys(keys, regularization=regularization, weights=weights, n_edited=len(residuals))
-    return narrowed(up, down)
+    return narrowed(*orthonormal(up, down))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,6 +216,18 @@ def _factor(gram: torch.Tensor, regularization: float) -> torch.Tensor:
             f"regularization {regularization} is too small for these keys: the system is singular in float64"
         )
     return factor
+
+
+def orthonormal(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the same product with orthonormal rows of `down`, if that has no more rows than columns.
+
+    Of keys that are nearly alike, solutions are long and cancel in the product: rounded to float32, as edits are, the
+    factors would lose more than the product does. These lose no more.
+    """
+    if len(down) > down.shape[1]:
+        return up, down
+    rotation, triangle = torch.linalg.qr(down.T)
+    return up @ triangle.T, rotation.T
 
 
 def narrowed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,7 @@
 """How exact the solve of an edit is: against float64 least squares by another route, beside the released numerics."""
 
+import itertools
+
 import torch
 from diffusers import DiffusionPipeline
 from scipy import linalg
@@ -16,11 +18,12 @@ from editing.updates import LowRank
 LAMBDAS = (0.5, 0.01, 1e-4)
 # "from_subject" is what the release edits: nearly the same key at every position of the padding.
 TOKENS = ("last_subject", "from_subject")
-_N_CONCEPTS = 5
+# One has fewer keys than the layer is wide, whatever the tokens, and is solved for by the keys' products.
+N_CONCEPTS = (1, 5)
 
 
 def solve_accuracy(pipe: DiffusionPipeline) -> list[dict]:
-    """Relative errors of changes and of edited weights, in Frobenius norms, by tokens and lambda.
+    """Relative errors of changes and of edited weights, in Frobenius norms, by tokens, concepts and lambda.
 
     The truth is the least-squares solution of [K; sqrt(lambda) I] D^T = [R; 0] by orthogonal factors, which never
     squares the condition of K as normal equations do. It is computed by QR; `truth` is its distance from the one that
@@ -28,12 +31,13 @@ def solve_accuracy(pipe: DiffusionPipeline) -> list[dict]:
     """
     (site, *_) = mediation.sites(pipe, network="text_encoder", component="self_attention")
     weight = projection(pipe, site)[1].weight.detach().double()
-    pairs, _ = clip.concepts(_N_CONCEPTS, 0)
     rows = []
-    for tokens in TOKENS:
-        known = associate(pipe, site, pair_tokens(pipe, site.network, Request.of(pairs, None, (), None), tokens))
+    for tokens, n in itertools.product(TOKENS, N_CONCEPTS):
+        request = Request.of(clip.concepts(n, 0)[0], None, (), None)
+        known = associate(pipe, site, pair_tokens(pipe, site.network, request, tokens))
         for regularization in LAMBDAS:
-            rows.append({"tokens": tokens, "lambda": regularization} | _errors(weight, known, regularization))
+            of = {"tokens": tokens, "n_concepts": n, "lambda": regularization}
+            rows.append(of | _errors(weight, known, regularization))
     return rows
 
 

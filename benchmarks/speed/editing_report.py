@@ -10,6 +10,15 @@ from benchmarks.speed.measuring import in_words
 _COLORS = {"quickfix": "#7b6aa6", "fitter": "#3f8f8b", "released": "#d98a29"}
 _LABELS = {"quickfix": "quickfix", "fitter": "Fitter, by parts", "released": "the release"}
 
+_ERRORS = {
+    "solved": "solved",
+    "stored": "stored",
+    "released": "release",
+    "stored weight": "stored, of W",
+    "released weight": "release, of W",
+    "truth": "truth",
+}
+
 
 def goals(found: Mapping) -> list[tuple[str, str, bool]]:
     """What was aimed at, what came out, and whether the aim is met; what was not measured is left out."""
@@ -63,7 +72,7 @@ def markdown(found: Mapping) -> str:
         "values come out from QR. Stored factors are float32.",
         "",
         *_table(
-            ["tokens", "keys", "lambda", "solved", "stored", "release", "stored, of W", "release, of W", "truth"],
+            ["tokens", "concepts", "keys", "lambda", *_ERRORS.values()],
             [_accuracy(row) for row in found["accuracy"]],
         ),
     ]
@@ -78,10 +87,11 @@ def draw(found: Mapping) -> matplotlib.figure.Figure:
         time.plot(list(map(int, by_count)), seconds, "o-", color=_COLORS[name], label=_LABELS[name])
     for name, by_count in found["memory"].items():
         memory.plot(list(map(int, by_count)), list(by_count.values()), "o-", color=_COLORS[name], label=_LABELS[name])
-    for marker, tokens in zip("os", dict.fromkeys(row["tokens"] for row in found["accuracy"]), strict=True):
-        rows = [row for row in found["accuracy"] if row["tokens"] == tokens]
+    kinds = list(dict.fromkeys((row["tokens"], row["n_concepts"]) for row in found["accuracy"]))
+    for marker, (tokens, n) in zip("os^v", kinds, strict=True):
+        rows = [row for row in found["accuracy"] if (row["tokens"], row["n_concepts"]) == (tokens, n)]
         for name, column in (("quickfix", "stored"), ("released", "released")):
-            style = {"color": _COLORS[name], "label": f"{_LABELS[name]}, {tokens}"}
+            style = {"color": _COLORS[name], "label": f"{_LABELS[name]}, {tokens}, {n} concept{'s' if n > 1 else ''}"}
             error.plot([row["lambda"] for row in rows], [row[column] for row in rows], f"{marker}-", **style)
     for ax, labels in (
         (time, ("concepts edited at once", "seconds")),
@@ -90,7 +100,7 @@ def draw(found: Mapping) -> matplotlib.figure.Figure:
     ):
         ax.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=6)
     return figure
 
 
@@ -102,8 +112,8 @@ def _many(found: Mapping, n: str) -> list[str]:
 
 
 def _accuracy(row: Mapping) -> list[str]:
-    columns = ("solved", "stored", "released", "stored weight", "released weight", "truth")
-    return [row["tokens"], str(row["n_keys"]), f"{row['lambda']:g}", *(f"{row[column]:.1e}" for column in columns)]
+    counts = (str(row["n_concepts"]), str(row["n_keys"]))
+    return [row["tokens"], *counts, f"{row['lambda']:g}", *(f"{row[column]:.1e}" for column in _ERRORS)]
 
 
 def _table(header: list[str], rows: list) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.speed import clip, editing_report
+from benchmarks.speed import accuracy, clip, editing_report
 from benchmarks.speed.accuracy import least_squares
 from benchmarks.speed.editing import fitter_run, quickfix_run
 from tests import tiny
@@ -48,9 +48,19 @@ def test_the_truth_has_no_gradient(seed, n, regularization):
         assert gradient.abs().max() < 1e-10
 
 
+def test_one_concept_is_measured_as_well_as_several(pipe, monkeypatch):
+    monkeypatch.setattr(accuracy, "LAMBDAS", (1e-4,))
+    rows = accuracy.solve_accuracy(pipe)
+    assert [(row["tokens"], row["n_concepts"]) for row in rows] == [
+        ("last_subject", 1), ("last_subject", 5), ("from_subject", 1), ("from_subject", 5)
+    ]  # fmt: skip
+    assert all(row["stored"] < 1e-6 for row in rows)
+
+
 def measured(**changes):
     cell = {"median": 0.02, "low": 0.01, "high": 0.03, "n": 3}
-    row = {"tokens": "last_subject", "lambda": 0.01, "n_keys": 4, "solved": 1e-12, "stored": 1e-7, "truth": 1e-14}
+    row = {"tokens": "last_subject", "n_concepts": 1, "lambda": 0.01, "n_keys": 4}
+    row |= {"solved": 1e-12, "stored": 1e-7, "truth": 1e-14}
     row |= {"released": 3e-2, "solved weight": 1e-13, "stored weight": 1e-8, "released weight": 1e-3}
     found = {
         "machine": {"processor": "P", "threads": 2, "load": 0.5, "versions": {"torch": "2"}},
@@ -63,7 +73,7 @@ def measured(**changes):
         },
         "many": {name: {"1": cell, "1000": cell | {"median": 20.0}} for name in ("quickfix", "fitter")}
         | {"released": {"1": cell}},
-        "accuracy": [row, row | {"tokens": "from_subject"}],
+        "accuracy": [row | {"tokens": t, "n_concepts": n} for t in accuracy.TOKENS for n in accuracy.N_CONCEPTS],
         "memory": {name: {"1": 10.0, "1000": 300.0} for name in ("quickfix", "fitter")},
     }
     return found | changes
@@ -84,10 +94,12 @@ def test_the_table_and_the_figure_show_what_was_measured():
     text = editing_report.markdown(found)
     assert "| 1000 | 20 | 20 |  | 300 | 300 |" in text
     assert "123,000,000 random weights" in text
+    assert "| from_subject | 5 | 4 | 0.01 | 1.0e-12 | 1.0e-07 |" in text
     figure = editing_report.draw(found)
     time, memory, error = figure.axes
     assert [line.get_label() for line in time.lines] == ["quickfix", "Fitter, by parts", "the release"]
     assert time.lines[0].get_ydata().tolist() == [0.02, 20.0]
     assert memory.lines[0].get_ydata().tolist() == [10.0, 300.0]
     assert sorted({y for line in error.lines for y in line.get_ydata()}) == [1e-7, 3e-2]
+    assert "quickfix, from_subject, 1 concept" in [line.get_label() for line in error.lines]
     editing_report.matplotlib.pyplot.close(figure)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editing.solvers import Statistics, dual_keys, held_out_errors, ridge
+from editing.updates import LowRank
 
 
 @dataclasses.dataclass
@@ -259,3 +260,17 @@ def test_sums_that_are_not_finite_are_refused():
         Statistics.of(_KEYS * math.nan, _KEYS).solve(regularization=1.0)
     with pytest.raises(ValueError, match="too small for these keys"):
         Statistics.of(torch.ones(1, 2), torch.ones(1, 2)).solve(regularization=1e-320)
+
+
+@given(n=st.integers(2, 20), seed=st.integers(0, 1000), regularization=st.sampled_from([1e-2, 1e-4]))
+def test_factors_lose_no_more_by_rounding_than_their_product(n, seed, regularization):
+    """Keys of padding are nearly alike, and so are their residuals: what is solved for each is long, and cancels."""
+    random = torch.Generator().manual_seed(seed)
+    keys = torch.randn(1, 24, generator=random, dtype=torch.float64)
+    keys = keys + 1e-2 * torch.randn(n, 24, generator=random, dtype=torch.float64)
+    residuals = torch.randn(1, 30, generator=random, dtype=torch.float64)
+    residuals = residuals + 1e-4 * torch.randn(n, 30, generator=random, dtype=torch.float64)
+    up, down = ridge(keys, residuals, regularization=regularization)
+    stored = LowRank(up, down).dense()
+    assert torch.linalg.matrix_norm(stored - up @ down) < 1e-7 * torch.linalg.matrix_norm(up @ down)
+    torch.testing.assert_close(down @ down.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
