@@ -1,10 +1,14 @@
 """Time by stage, for reports."""
 
 import time
+from collections.abc import Mapping
 
 
 class Clock:
     """Milliseconds spent in each stage, summed over its laps.
+
+    Args:
+        earlier: milliseconds by stage that were spent before; None is nothing.
 
     Example:
         >>> clock = Clock()
@@ -13,14 +17,18 @@ class Clock:
         ['solve']
     """
 
-    def __init__(self):
-        self.milliseconds: dict[str, float] = {}
+    def __init__(self, earlier: Mapping[str, float] | None = None):
+        self.milliseconds: dict[str, float] = dict(earlier or {})
         self._last = time.perf_counter()
 
     @property
     def report(self) -> dict:
         """What reports say: milliseconds by stage, and seconds in all."""
         return {"milliseconds": self.milliseconds, "seconds": sum(self.milliseconds.values()) / 1000}
+
+    def skip(self) -> None:
+        """Counts the time since the last lap towards nothing."""
+        self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """Counts the time since the last lap towards `stage`."""

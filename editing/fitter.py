@@ -68,6 +68,7 @@ class Fitter:
         self.statistics: dict[str, Statistics] = {}
         self.request: Request | None = None
         self._ledgers: dict[str, Ledger] = {}
+        self._clock = Clock()
 
     def update(
         self,
@@ -82,13 +83,17 @@ class Fitter:
             TypeError, ValueError: as `quickfix` does, or if something contradicts an earlier update or is preserved
                 again, or the pipeline's weights were changed since; nothing is added then.
         """
+        self._clock.skip()
         request = Request.of(pairs, self._templates, preserve, weights)
         merged = self._merged(request)
         self._check_base(self._base)
         found = self._found(request)
         ledgers = self._entered({name: token_pairs.ledger for name, token_pairs in found.items()})
+        self._clock.lap("tokens")
         known = [(site.name, associate(self._pipe, site, found[site.name])) for site in self._sites]
+        self._clock.lap("keys")
         self._add({name: Statistics.of(k.keys, k.residuals, k.pairs.weights) for name, k in known})
+        self._clock.lap("sums")
         self.request, self._ledgers = merged, ledgers
 
     def merge(self, other: "Fitter") -> None:
@@ -112,7 +117,8 @@ class Fitter:
         """The edit that `quickfix` makes of all concepts at once.
 
         Its report has no residuals of single concepts, but the misfit sum_i w_i ||D k_i - r_i||^2 over all edited and
-        preserved keys, before and after. "auto" is not to be had: single templates can no longer be told apart.
+        preserved keys, before and after. Its milliseconds are those of this fitter's updates and of this call; what
+        was merged or loaded is not counted. "auto" is not to be had: single templates can no longer be told apart.
 
         Raises:
             TypeError, ValueError: as `quickfix` does, or if there was no `update` yet.
@@ -121,7 +127,7 @@ class Fitter:
             raise ValueError("nothing to fit: call update with pairs first")
         if not isinstance(regularization, Relative):
             regularization = check_regularization(regularization)
-        clock, updates, base, report = Clock(), {}, {}, {"misfit": {}, "regularization": {}}
+        clock, updates, base, report = Clock(self._clock.milliseconds), {}, {}, {"misfit": {}, "regularization": {}}
         for site in self._sites:
             sums = self.statistics[site.name]
             value = regularization

@@ -1,9 +1,13 @@
 """Concepts in parts: the same edit as in one go, however they are split, saved and merged."""
 
+import itertools
+import types
+
 import pytest
 import torch
 
 import editing
+from editing import clock
 from tests import tiny
 
 PAIRS = {"ink": "noto", "cat": "bird", "panda": "dog"}
@@ -48,6 +52,22 @@ def test_it_yields_the_edit_of_all_concepts_at_once(tiny_pipe, parts, regulariza
     assert edit.metadata["regularization"] == expected.metadata["regularization"]
     (misfit,) = edit.report["misfit"].values()
     assert misfit["after"] < 0.2 * misfit["before"]
+
+
+def test_its_report_counts_the_time_of_all_updates(tiny_pipe, monkeypatch):
+    """A second for each look at the clock; what passes between two updates is not counted."""
+    now = itertools.count()
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: next(now)))
+    fitter = editing.Fitter(tiny_pipe, **OPTIONS)
+    for source in PAIRS:
+        fitter.update({source: PAIRS[source]})
+        clock.time.perf_counter()
+    for _ in range(2):
+        report = fitter.fit().report
+        stages = {"tokens": 3000, "keys": 3000, "sums": 3000, "solve": 1000, "report": 2000}
+        assert report["milliseconds"] == stages
+        assert report["seconds"] == 12
+        assert not {"residual", "interference"} & set(report)
 
 
 def test_it_goes_on_where_it_was_saved(tiny_pipe, parts, tmp_path):
