@@ -36,3 +36,11 @@ def fresh_pipe():
     from tests import tiny
 
     return tiny.stable_diffusion()
+
+
+@pytest.fixture(scope="session", params=["sd1", "sd2"])
+def sd_pipe(request):
+    """A tiny random pipeline of SD 1.x or 2.x, shared: leave it as it was."""
+    from tests import tiny
+
+    return tiny.FAMILIES[request.param]()

@@ -86,6 +86,20 @@ def test_what_is_imported_is_what_was_exported(made, kind, format, tmp_path, fre
         pass
 
 
+@needs_peft
+@pytest.mark.parametrize("format", FORMATS)
+def test_edits_of_sd_2_come_back_and_are_loaded_likewise(format, tmp_path):
+    pipe = tiny.stable_diffusion_2()
+    edit, plain = edits(pipe)["all"], picture(pipe)
+    edit.export_lora(tmp_path / "edit.safetensors", format=format)
+    same(edit, editing.import_lora(tmp_path / "edit.safetensors", pipe), atol=0)
+    with edit.applied(pipe):
+        expected = picture(pipe)
+    assert (expected - plain).abs().max() > 1e-3, "there was something to see"
+    pipe.load_lora_weights(tmp_path, weight_name="edit.safetensors")
+    torch.testing.assert_close(picture(pipe), expected, rtol=0, atol=1e-4)
+
+
 def test_key_names_are_those_of_each_dialect(made, tmp_path):
     made["attention"].export_lora(tmp_path / "a.safetensors")
     assert set(safetensors.torch.load_file(tmp_path / "a.safetensors")) == {

@@ -45,17 +45,17 @@ def state(pipe):
     return {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
 
 
-def test_it_is_the_papers_formula(tiny_pipe):
+def test_it_is_the_papers_formula(sd_pipe):
     """W* = (lambda W0 + sum w v k^T) (lambda I + sum w k k^T)^-1, with positions counted by hand."""
     edit = editing.quickfix(
-        tiny_pipe,
+        sd_pipe,
         {"ink": "noto"},
         templates=["{}", "a {} cat"],
         preserve=["dog"],
         weights={"ink": 2},
         regularization=0.3,
     )
-    module = out_proj(tiny_pipe)
+    module = out_proj(sd_pipe)
     base = module.weight.detach().double().numpy()
     left, right = 0.3 * base, 0.3 * numpy.eye(32)
     for weight, source, target in [
@@ -64,7 +64,7 @@ def test_it_is_the_papers_formula(tiny_pipe):
         (1, ("dog", 1), ("dog", 1)),
         (1, ("a dog cat", 2), ("a dog cat", 2)),
     ]:
-        key, other = (run(tiny_pipe, prompt, module)[0][position].numpy() for prompt, position in (source, target))
+        key, other = (run(sd_pipe, prompt, module)[0][position].numpy() for prompt, position in (source, target))
         left += weight * numpy.outer(base @ other, key)
         right += weight * numpy.outer(key, key)
     expected = numpy.linalg.solve(right, left.T).T
