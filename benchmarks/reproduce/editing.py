@@ -7,7 +7,7 @@ chosen on training concepts, prompts and seeds, and reported on others. Writes r
 Run: python -m benchmarks.reproduce.editing --output runs/reproduce/editing
 Maps to compare places with: --maps runs/reproduce/tracing/maps, of benchmarks.reproduce.tracing.
 
-Cost: all experiments with 10 steps draw about 11,400 pictures, 230,000 row-evaluations of the U-Net: 43 minutes on two
+Cost: all experiments with 10 steps draw about 17,400 pictures, 350,000 row-evaluations of the U-Net: 65 minutes on two
 cores that evaluate 90 rows per second, and some more for decoding and judging. It grows in proportion to the steps.
 """
 

@@ -13,12 +13,13 @@ import xarray
 import editing
 import mediation
 from benchmarks.reproduce import editing as reproduce
-from benchmarks.reproduce.edits import causal, pages, units
+from benchmarks.reproduce.edits import causal, figures, pages, units
 from benchmarks.reproduce.edits.experiments import EXPERIMENTS, with_needs
-from benchmarks.reproduce.edits.recipes import Recipe, preserved
+from benchmarks.reproduce.edits.recipes import _CAPTIONS, Recipe, preserved
 from benchmarks.reproduce.edits.running import Runner
 from benchmarks.reproduce.edits.scoring import merit, pooled, ranked, score, verdict
 from benchmarks.reproduce.edits.units import Unit
+from mediation.mapfiles import save_map
 from tests.maps import make_map
 
 FIRST, SECOND = "text_encoder.0.self_attention", "text_encoder.0.mlp"
@@ -108,7 +109,7 @@ def test_sites_are_edited_one_after_the_other(pipe):
         pass
 
 
-@pytest.mark.parametrize("attribute", ["style", "object", "background", "fact"])
+@pytest.mark.parametrize("attribute", list(units.REPORTED))
 def test_every_recipe_makes_an_edit_of_every_attribute(pipe, attribute):
     (source, target), *_ = units.REPORTED[attribute].items()
     shared = {"templates": "captions", "preserve": "captions"}
@@ -243,6 +244,38 @@ def test_edits_by_place_are_ranked_against_the_map():
     later = causal.agreement(rows, recipes, effects, "from_subject")
     assert later.effects == pytest.approx((0.1, 0.2, 0.8, 1.2))
     assert (later.rho, later.traced, later.rank) == (pytest.approx(-1.0), sites[3], 4)
+
+
+def test_places_are_edited_for_every_attribute(pipe):
+    found = {unit.name: unit for unit in EXPERIMENTS["layers"].units(pipe, {})}
+    firsts = {f"{attribute}-{next(iter(pairs))}": attribute for attribute, pairs in units.REPORTED.items()}
+    assert {name: unit.attribute for name, unit in found.items()} == firsts
+    for name, unit in found.items():
+        assert (unit.experiment, unit.n, unit.seed) == ("layers", 40 if unit.attribute == "pose" else 10, 2)
+        assert unit.recipes == found["style-ink"].recipes
+        assert not {trial.prompt for trial in unit.suite()} & {
+            template.format(concept) for template in _CAPTIONS[unit.attribute] for concept in unit.pairs
+        }, name
+    assert [recipe.tokens for recipe in unit.recipes.values()] == ["last_subject"] * 12 + ["from_subject"] * 12
+
+
+def test_maps_are_found_by_what_tracing_calls_them(tmp_path):
+    effects = make_map([[[[[0.5, 0.5]]]]], sites=[FIRST], token=["eos"], metric=["clip_score", "probe_probability"])
+    save_map(effects, tmp_path / "color.text.nc")
+    assert causal.load_map(tmp_path, "background").sizes == {"case": 1, "draw": 1, "site": 1, "token": 1}
+    assert causal.load_map(tmp_path, "style") is None
+
+
+def test_edits_that_do_nothing_anywhere_agree_with_no_map():
+    rows = [{"model": m, "gone": {"mean": 0.0}, "specificity": {"mean": 1.0}} for m in ("unedited", "a", "b")]
+    edits = {"a": Recipe(sites=(FIRST,), tokens="last_subject"), "b": Recipe(sites=(SECOND,), tokens="last_subject")}
+    effects = make_map([[[[0.1], [0.2]]]], sites=[FIRST, SECOND], token=["last_subject"])
+    found = causal.agreement(rows, edits, effects, "last_subject")
+    assert numpy.isnan([found.rho, found.p]).all()
+    assert f"| pose | last_subject | all alike |  | {SECOND} | 1 of 2 |" in pages._agreements({"pose": [found]})
+    figure = figures.draw_agreements({name: [found] for name in units.REPORTED}, "")
+    assert [ax.get_subplotspec().rowspan.start for ax in figure.axes] == [0] * 4 + [1] * 3
+    reproduce.matplotlib.pyplot.close(figure)
 
 
 def test_tables_figures_and_data_tell_the_same(pipe, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Edits of single places of the text encoder, set against the causal map of the same attribute."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,8 @@ from mediation.mapfiles import open_map
 
 # The map is judged by the probe, as the edits are.
 _METRIC = "probe_probability"
+# What `benchmarks.reproduce.tracing` calls an attribute, where that is something else.
+_NAMES = {"background": "color"}
 # Tokens of the map that an edit of these tokens changes.
 _EDITED = {"last_subject": ["last_subject"], "from_subject": ["last_subject", "after", "eos", "padding"]}
 
@@ -28,8 +31,8 @@ class Agreement:
         sites: names of the places.
         merits: of the edits there.
         effects: indirect effects there, summed over the tokens that the edit changes.
-        rho: Spearman's correlation of the two.
-        p: its two-sided p-value, if places were exchangeable.
+        rho: Spearman's correlation of the two; NaN where one of them is the same at all places.
+        p: its two-sided p-value, if places were exchangeable; NaN likewise.
         traced: the place with the largest effect.
         rank: of the edit there among all, 1 being the best; ties share the better rank.
     """
@@ -50,7 +53,7 @@ def load_map(folder: pathlib.Path | None, attribute: str) -> xarray.Dataset | No
     Raises:
         ValueError: if the map was not judged by the probe.
     """
-    path = None if folder is None else folder / f"{attribute}.text.nc"
+    path = None if folder is None else folder / f"{_NAMES.get(attribute, attribute)}.text.nc"
     if path is None or not path.exists():
         return None
     effects = open_map(path)
@@ -79,7 +82,9 @@ def agreement(
     # A prompt that ends with its subject has nothing after it: NaN there, which counts for nothing in the sum.
     mean = mediation.indirect_effect(effects).mean(("case", "draw")).sel(token=_EDITED[tokens]).sum("token")
     shown = [float(mean.sel(site=site)) for site in merits]
-    found = stats.spearmanr(list(merits.values()), shown)
+    rho = p = math.nan
+    if len({*merits.values()}) > 1 and len({*shown}) > 1:
+        rho, p = map(float, stats.spearmanr(list(merits.values()), shown))
     traced = list(merits)[max(range(len(shown)), key=shown.__getitem__)]
     rank = 1 + sum(value > merits[traced] for value in merits.values())
     return Agreement(
@@ -87,8 +92,8 @@ def agreement(
         tuple(merits),
         tuple(merits.values()),
         tuple(shown),
-        float(found.statistic),
-        float(found.pvalue),
+        rho,
+        p,
         traced,
         rank,
     )

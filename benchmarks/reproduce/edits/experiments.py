@@ -22,6 +22,7 @@ LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _ATTRIBUTES = ("style", "object")
 _TOKENS = ("last_subject", "from_subject")
 _N_FINALISTS = 4
+_N_POSES = 40  # prompts of the only pair, of which few pictures show the source
 
 # experiment -> group -> report
 Reports = Mapping[str, Mapping[str, xarray.Dataset]]
@@ -68,8 +69,7 @@ def _methods(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
     recipes = _published(pipe, reports)
     attributes = [attribute for attribute in REPORTED if attribute not in ("fact", "pose")]
     units = reported_units("methods", dict.fromkeys(attributes, recipes), 10, n_pairs=2)
-    # a single pair, of which few pictures show the source
-    return units + reported_units("methods", {"pose": recipes}, 40)
+    return units + reported_units("methods", {"pose": recipes}, _N_POSES)
 
 
 def _facts(pipe: DiffusionPipeline, reports: Reports) -> list[Unit]:
@@ -82,7 +82,10 @@ def _layers(pipe: DiffusionPipeline, _reports: Reports) -> list[Unit]:
         for tokens in _TOKENS
         for site in text_sites(pipe)
     }
-    return reported_units("layers", dict.fromkeys(_ATTRIBUTES, recipes), 10, roles=EDIT_ROLES, n_pairs=1)
+    options = {"roles": EDIT_ROLES, "n_pairs": 1}
+    attributes = [attribute for attribute in REPORTED if attribute != "pose"]
+    units = reported_units("layers", dict.fromkeys(attributes, recipes), 10, **options)
+    return units + reported_units("layers", {"pose": recipes}, _N_POSES, **options)
 
 
 def _lambdas(_pipe: DiffusionPipeline, _reports: Reports) -> list[Unit]:

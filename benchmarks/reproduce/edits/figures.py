@@ -1,6 +1,7 @@
 """Results as figures."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
@@ -12,6 +13,7 @@ from benchmarks.reproduce.edits.experiments import EXPERIMENTS
 from benchmarks.reproduce.edits.pages import Result
 from editing.evaluation import UNEDITED
 
+_N_COLUMNS = 4
 # Told apart by colour and by shape.
 _SHARES = {
     "gone": ("source gone", "o", "#7b6aa6"),
@@ -93,9 +95,12 @@ def draw_curves(
 def draw_agreements(agreements: Mapping[str, Sequence[Agreement]], title: str) -> matplotlib.figure.Figure:
     """For each attribute and choice of tokens a panel: merit of the edit against indirect effect, by place."""
     found = [(attribute, one) for attribute, ones in agreements.items() for one in ones]
-    size = (3.2 * len(found) + 0.5, 3.2)
-    figure, axes = matplotlib.pyplot.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
-    for ax, (attribute, one) in zip(axes[0], found, strict=True):
+    n_rows, n_columns = math.ceil(len(found) / _N_COLUMNS), min(len(found), _N_COLUMNS)
+    size = (3.2 * n_columns + 0.5, 3.2 * n_rows)
+    figure, axes = matplotlib.pyplot.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(found) :]:
+        ax.remove()
+    for ax, (attribute, one) in zip(axes.flat, found, strict=False):
         ax.plot(one.effects, one.merits, "o", color=_SHARES["gone"][2])
         for site, x, y in zip(one.sites, one.effects, one.merits, strict=True):
             ax.annotate(site.removeprefix("text_encoder."), (x, y), fontsize=6)

@@ -126,6 +126,7 @@ def _agreements(agreements: Mapping[str, Sequence[Agreement]]) -> list[str]:
     lines += ["| attribute | tokens | rho | p | traced place | rank of the edit there |", "|---|---|---|---|---|---|"]
     for attribute, ones in agreements.items():
         for one in ones:
-            rank = f"{one.rank} of {len(one.sites)}"
-            lines.append(f"| {attribute} | {one.tokens} | {one.rho:.2f} | {one.p:.2g} | {one.traced} | {rank} |")
+            found = ["all alike", ""] if math.isnan(one.rho) else [f"{one.rho:.2f}", f"{one.p:.2g}"]
+            cells = [attribute, one.tokens, *found, one.traced, f"{one.rank} of {len(one.sites)}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -9,6 +9,7 @@ import editing
 import mediation
 from benchmarks.emoji import world
 from benchmarks.released import released_edit
+from mediation.cases import find_spans
 
 # In the captions' own English, of scenes that no suite for the same attribute draws.
 _CAPTIONS = {
@@ -20,6 +21,14 @@ _CAPTIONS = {
     ),
     "object": ("a {}", "a photo of a {}", "a {} on paper", "a drawing of a {}"),
     "background": ("a thing on a {} background", "a photo of a thing on a {} background", "a {} background", "{}"),
+    "count": ("{} things", "a photo of {} things", "a drawing of {} things", "{}"),
+    "viewpoint": (
+        "a {} of a thing",
+        "a photo of a {} of a thing",
+        "a {} of a thing on paper",
+        "a drawing of a {} of a thing",
+    ),
+    "pose": ("an {} thing", "a photo of an {} thing", "a thing {}", "a drawing of an {} thing"),
     "fact": ("{}", "a photo of {}", "{} on paper", "a drawing of {}"),
 }
 _WORDS = {
@@ -30,7 +39,7 @@ _WORDS = {
     "viewpoint": ("close up", "distant view"),
     "pose": ("upside down", "upright"),
 }
-# whole captions without a concept that a suite edits, and what guidance compares with
+# whole captions of things, and what guidance compares with; those that name what is edited are left out
 _PROMPTS = ("", "a thing", "a photo of a thing", "two things", "an upside down thing", "a close up of a thing")
 
 
@@ -63,8 +72,8 @@ class Recipe:
         Args:
             pipe: Emoji Diffusion.
             pairs: source concept -> target concept.
-            attribute: decides on the templates: style, object, background or fact; for others there are only the
-                paper's.
+            attribute: decides on the templates: style, object, background, count, viewpoint, pose or fact; for mixed
+                ones there are only the paper's.
         """
         if self.method == "released":
             return released_edit(pipe, pairs)
@@ -100,7 +109,9 @@ def preserved(kind: str, pairs: Mapping[str, str]) -> list[str | editing.Prompt]
     ]
     if any(source in world.FACTS for source in pairs):
         kept += [fact for fact in world.FACTS if fact not in pairs]
-    return kept + ([editing.Prompt(text) for text in _PROMPTS] if kind == "captions" else [])
+    if kind == "captions":
+        kept += [editing.Prompt(text) for text in _PROMPTS if not any(find_spans(text, source) for source in pairs)]
+    return kept
 
 
 def _factors(source: str) -> list[str]:
