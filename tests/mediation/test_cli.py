@@ -283,8 +283,8 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
             "error: dtype must be float32, float16",
         ),
         (
-            ["trace", "--prompt", "a cat", "--subject", "cat", "--device", "cuda"],
-            "error: cannot run on the device 'cuda'",
+            ["trace", "--prompt", "a cat", "--subject", "cat", "--device", "cuda:99"],
+            "error: cannot run on the device 'cuda:99'",
         ),
         (
             ["trace", "--prompt", "a cat", "--subject", "cat", "--device", "moon"],
