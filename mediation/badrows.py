@@ -54,7 +54,7 @@ def _bad_controls(effects: xarray.Dataset) -> xarray.DataArray:
 
 
 def _bad_restorations(effects: xarray.Dataset) -> xarray.DataArray:
-    return ~numpy.isfinite(effects.restored) & ~never_ran(effects)
+    return (~numpy.isfinite(effects.restored) & ~never_ran(effects)).transpose(*effects.sham.dims)
 
 
 def never_ran(effects: xarray.Dataset) -> xarray.DataArray:
@@ -63,7 +63,7 @@ def never_ran(effects: xarray.Dataset) -> xarray.DataArray:
         return effects.absent.astype(bool)
     if "token" in effects.coords:
         return numpy.isnan(effects.sham)
-    return xarray.zeros_like(effects.restored, bool)
+    return xarray.zeros_like(effects.sham, bool)
 
 
 def _labels(bad: xarray.DataArray) -> list[str]:

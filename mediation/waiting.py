@@ -74,6 +74,11 @@ class Waiting:
 
 def treats_rows_alike(denoiser: nn.Module) -> bool:
     """Whether nothing but its own code runs in a denoiser: what others added may take a batch for two equal halves."""
-    processors = (getattr(module, "processor", None) for module in denoiser.modules())
-    own = all(type(one).__module__.startswith("diffusers.") for one in processors if one is not None)
-    return own and not is_hooked(denoiser)
+    own = (_is_its_own(part) for part in denoiser.modules() if part is not denoiser)
+    return not is_hooked(denoiser) and all(own)
+
+
+def _is_its_own(module: nn.Module) -> bool:
+    """Whether a module's forward is that of its class, and its attention is computed by diffusers."""
+    processor = getattr(module, "processor", None)
+    return "forward" not in vars(module) and (processor is None or type(processor).__module__.startswith("diffusers."))

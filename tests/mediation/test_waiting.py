@@ -1,6 +1,7 @@
 """Rows that are still another run: the same maps, for fewer evaluations of the denoiser."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import diffusers
@@ -176,6 +177,10 @@ def _negated_condition(output):
     return torch.cat([uncond, -cond])
 
 
+def _halved(forward, *arguments, **options):
+    return _negated_condition(forward(*arguments, **options))
+
+
 class HalvedProcessor(AttnProcessor):
     """An attention processor that does."""
 
@@ -183,7 +188,7 @@ class HalvedProcessor(AttnProcessor):
         return _negated_condition(super().__call__(*arguments, **options))
 
 
-@pytest.mark.parametrize("kind", ["hook", "processor"])
+@pytest.mark.parametrize("kind", ["hook", "processor", "forward"])
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_what_others_added_sees_equal_halves(tiny_pipe, kind, n_rows):
     """Not only does every row fit: a user's change of the conditional half alone changes no other rows."""
@@ -192,8 +197,11 @@ def test_what_others_added_sees_equal_halves(tiny_pipe, kind, n_rows):
         if kind == "hook":
             hook = attention.register_forward_hook(lambda module, arguments, output: _negated_condition(output))
             stack.callback(hook.remove)
-        else:
+        elif kind == "processor":
             stack.enter_context(mock.patch.object(attention, "processor", HalvedProcessor()))
+        else:
+            halved = functools.partial(_halved, attention.forward)
+            stack.enter_context(mock.patch.object(attention, "forward", halved))
         alone_changed = alone(tiny_pipe, CASE.prompt)
         rows = [Intervention((site,)) for site in mediation.sites(tiny_pipe, network="unet")[:n_rows]]
         latents = sample_rows(tiny_pipe, CASE, 0, rows, SAMPLING)
