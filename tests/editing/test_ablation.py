@@ -173,19 +173,26 @@ def test_ablated_weights_are_0_and_every_bit_comes_back(attributions, dtype):
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
+@pytest.fixture(scope="module")
+def alike():
+    """A pipeline in each precision, with weights that no narrower one holds, and what was attributed in it."""
+    exact = double(tiny.stable_diffusion())
+    with torch.no_grad():
+        for weight in exact.unet.parameters():
+            weight.mul_(1 + 1e-12 + 1e-5)
+    pipes = {dtype: copy.deepcopy(exact).to(dtype) for dtype in DTYPES}
+    options = {"parameters": CHOSEN[0], "num_inference_steps": 1, "progress": False}
+    return {dtype: (pipe, mediation.attribute(pipe, "a ink cat", **options)) for dtype, pipe in pipes.items()}
+
+
 @pytest.mark.parametrize(
     ("made_in", "applied_in"),
     [(a, b) for a in DTYPES for b in DTYPES if a != b and {a, b} != {torch.float16, torch.bfloat16}],
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
-def test_ablated_weights_are_0_in_a_precision_that_scores_were_not_made_in(made_in, applied_in):
+def test_ablated_weights_are_0_in_a_precision_that_scores_were_not_made_in(alike, made_in, applied_in):
     """And only those: edits of single weights that take nothing away leave what is left of them."""
-    exact = double(tiny.stable_diffusion())
-    with torch.no_grad():
-        for weight in exact.unet.parameters():  # that no narrower dtype holds
-            weight.mul_(1 + 1e-12 + 1e-5)
-    made, applied = (copy.deepcopy(exact).to(dtype) for dtype in (made_in, applied_in))
-    found = mediation.attribute(made, "a ink cat", parameters=CHOSEN[0], num_inference_steps=1, progress=False)
+    (_, found), (applied, _) = alike[made_in], alike[applied_in]
     edit, before = editing.cad_erase(found, ratio=0.05), weights(applied)
     with edit.applied(applied):
         whole = weights(applied)
