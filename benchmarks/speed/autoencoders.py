@@ -1,7 +1,8 @@
 """Speed of training a sparse autoencoder, beside dictionary-learning and SAELens, on the same activations.
 
 All train a TopK autoencoder of the same width and k, on the same batches in the same order, with the same learning
-rate, which falls to 0 over the last fifth; in turns, in one run. Only steps are timed, not the making of activations.
+rate, which falls to 0 over the last fifth, and with gradients clipped at norm 1; in turns, in one run. Only steps are
+timed, not the making of activations.
 What counts is positions per second at equal explained variance, on activations that none of them saw. Beside it stands
 the peak memory of streaming from the pipeline into training.
 

@@ -119,7 +119,7 @@ def autoencoders(
                 arrays[place],
                 place=place,
                 k=settings.k,
-                recipe=mediation.Recipe(n_positions=settings.positions),
+                recipe=mediation.Recipe(n_positions=settings.positions, max_gradient_norm=None),  # as was published
                 checkpoint=checkpoint,
             )
             sae.save_pretrained(wanted[key])

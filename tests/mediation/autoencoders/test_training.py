@@ -377,3 +377,21 @@ def test_activations_without_anything_to_learn_are_errors():
         mediation.fit_sae(numpy.ones((1, 4)), progress=False)
     with pytest.raises(ValueError, match="16 features"):
         train(SparseAutoencoder(4, 8, 2), Stored(planted(n=100)[0], buffer=50), Recipe())
+
+
+@pytest.mark.parametrize(("limit", "clips"), [(1.0, True), (0.5, True), (1e6, False), (None, False)])
+def test_gradients_are_no_longer_than_said(monkeypatch, limit, clips):
+    """All together, and along their own direction; what is shortened, others explain by the same length."""
+    x = planted(n=1000)[0]
+    seen = {}
+    for name, norm in (("limited", limit), ("free", None)):
+        sae = SparseAutoencoder(x.shape[1], 12, 2)
+        trainer = Trainer(sae, Recipe(n_positions=1000, batch_size=1000, max_gradient_norm=norm))
+        trainer.prepare(x)
+        monkeypatch.setattr(trainer._optimizer, "step", lambda: None)
+        trainer.step(x)
+        seen[name] = torch.cat([parameter.grad.flatten() for parameter in sae.parameters()])
+    lengths = {name: float(gradient.norm()) for name, gradient in seen.items()}
+    assert lengths["free"] > 1
+    assert lengths["limited"] == pytest.approx(limit if clips else lengths["free"], rel=1e-4)
+    torch.testing.assert_close(seen["limited"] / lengths["limited"], seen["free"] / lengths["free"])
