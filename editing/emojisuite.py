@@ -161,9 +161,9 @@ def _caption(scene: Mapping[str, _Concept], rich: bool, wording: int, *, must: s
     noun = kind.words if kind and kind.words in FACTS else _article(single)
     extras = {name: scene[name].words for name in _EXTRAS if name in scene and name != left_out}
     if "pose" in scene:
-        pose = rich and extras.get("pose") == "upside down"
-        if not rich and extras.get("pose") == "upside down":
-            noun = _article(f"upside down {single}")
+        upside_down = extras.get("pose") == "upside down"
+        pose = rich and upside_down
+        noun = _article(f"upside down {single}") if upside_down and not rich else noun
     if "count" in extras:
         noun = f"{extras['count']} {single if extras['count'] == 'one' else plural}"
     parts = []
