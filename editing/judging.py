@@ -75,7 +75,7 @@ class Judge:
         for factor in {trial.factor for trial in trials if trial.factor}:
             rows = [row for row, trial in enumerate(trials) if trial.factor == factor]
             judge = self.classifiers[factor]
-            for row, best in zip(rows, judge.classifier(images[rows]).argmax(-1).tolist(), strict=True):
+            for row, best in zip(rows, judge.logits(images[rows]).argmax(-1).tolist(), strict=True):
                 seen[row] = str(judge.labels[best])
         return seen
 

@@ -146,10 +146,14 @@ class ClassProbability(DifferentiableMetric):
             raise ValueError(f"the subject {label!r} is no label of this classifier ({self.labels}): pass target=…")
         return self.labels.index(label)
 
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """What the classifier says of images, (row, class), in evaluation mode."""
+        with _evaluating(self.classifier):
+            return self.classifier(images.float())
+
     def score(self, images: torch.Tensor, latents, cases: Sequence[Case]) -> torch.Tensor:
         """One number per row, with gradients if the classifier has them."""
-        with _evaluating(self.classifier):
-            probabilities = self.classifier(images.float()).double().softmax(-1)
+        probabilities = self.logits(images).double().softmax(-1)
         chosen = torch.tensor([self._index(case) for case in cases], device=probabilities.device)
         return probabilities.gather(1, chosen[:, None])[:, 0]
 
