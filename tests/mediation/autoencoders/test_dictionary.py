@@ -145,9 +145,9 @@ def test_names_are_judged_on_random_latents_too():
     dictionary = crowded()
     active, odd = {0, 10, 30, 40, 60, 70, 80}, dictionary.isel(fold=1)
     met = {latent: set() for latent in active}
+    xarray.testing.assert_identical(*(score_latents(dictionary, seed=3) for _ in range(2)))
     for seed in range(60):
         scores = score_latents(dictionary, seed=seed)
-        xarray.testing.assert_identical(scores, score_latents(dictionary, seed=seed))
         for latent in dictionary.latent.values.tolist():
             one = scores.sel(latent=latent)
             other = int(one.random_latent)
