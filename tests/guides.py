@@ -1,14 +1,18 @@
 """Pages of the documentation, whose examples run as tests."""
 
+import contextlib
+import functools
 import pathlib
 import re
 import shlex
+from unittest import mock
 
 import matplotlib.pyplot
 from typer.testing import CliRunner
 
 import editing.cli
 import mediation.cli
+from mediation import bundled
 
 ROOT = pathlib.Path(__file__).parents[1]
 _PROGRAMS = {"mediation": mediation.cli.app, "editing": editing.cli.app}
@@ -24,11 +28,18 @@ def run_python(page: str) -> dict[str, object]:
 
 
 def run_commands(page: str) -> list[list[str]]:
-    """Runs the page's commands, one after the other, and returns them; each must end well."""
+    """Runs the page's commands, one after the other, and returns them; each must end well. Models are loaded once."""
     commands = [shlex.split(line) for line in "".join(_blocks(page, "sh")).splitlines()]
-    for program, *arguments in commands:
-        result = CliRunner().invoke(_PROGRAMS[program], arguments)
-        assert result.exit_code == 0, f"{arguments}: {result.output}"
+    loaded_once = [
+        mock.patch.object(module, name, functools.cache(getattr(module, name)))
+        for module, name in ((mediation, "load_pipeline"), (bundled, "load_scorer"), (bundled, "load_probe"))
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in loaded_once:
+            stack.enter_context(patch)
+        for program, *arguments in commands:
+            result = CliRunner().invoke(_PROGRAMS[program], arguments)
+            assert result.exit_code == 0, f"{arguments}: {result.output}"
     return commands
 
 

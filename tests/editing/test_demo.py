@@ -30,7 +30,7 @@ def test_it_saves_figures_maps_and_an_edit_that_works(tmp_path, monkeypatch):
     monkeypatch.setattr(mediation, "sites", few_sites)
     monkeypatch.setattr(demo, "_TOKENS", ("subject", "eos"))
     monkeypatch.setattr(demo, "_CASES", {attribute: cases[:1] for attribute, cases in demo._CASES.items()})
-    monkeypatch.setattr(demo, "_IMAGE_STEPS", 2)
+    monkeypatch.setattr(demo, "_IMAGE_STEPS", 1)
     used, sample = {}, demo._sample
 
     def spy(pipe, pictures, guidance_scale, title):

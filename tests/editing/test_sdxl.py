@@ -16,6 +16,7 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 PROMPTS = [("ink", 1, "noto", 4), ("a ink cat", 2, "a noto cat", 5)]
 TEMPLATES = ["{}", "a {} cat"]
 NETWORKS = ("text_encoder", "text_encoder_2", "unet")
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import mediation
 from benchmarks.emoji import train_sae, world
 from mediation import bundled
 
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
+
 
 @pytest.fixture(scope="module")
 def pipe():

@@ -12,6 +12,7 @@ from tests import tiny
 
 CASE = Case("a photo of a cat in ink style", subject="cat")
 FAST = {"num_inference_steps": 2, "progress": False}
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 def estimate(pipe, network):

@@ -218,9 +218,10 @@ def test_prompts_come_one_per_line(run, tmp_path):
     assert "attribute" not in effects.coords
 
 
-def test_a_device_and_a_dtype_are_those_of_the_pipeline(monkeypatch, tmp_path):
+def test_a_device_and_a_dtype_are_those_of_the_pipeline(monkeypatch, tiny_pipe, tmp_path):
     monkeypatch.chdir(tmp_path)
-    given = ["--sites", "unet.mid.0.resnet", "--device", "cpu", "--dtype", "bfloat16"]
+    tiny_pipe.save_pretrained("tiny")
+    given = ["--sites", "unet.mid.0.resnet", "--model", "tiny", "--device", "cpu", "--dtype", "bfloat16"]
     result = CliRunner().invoke(app, ["trace", *map(str, CAT), *given], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     effects = open_map("map.nc")

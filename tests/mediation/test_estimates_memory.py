@@ -16,6 +16,7 @@ from tests.runs import double
 
 CASE = Case("a photo of a cat in ink style", subject="cat", corruption=ReplaceSubject("dog"), seed=3)
 OPTIONS = {"backend": "attribution_patching", "guidance_scale": 4.0, "progress": False}
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ CORRUPTIONS = [
     ZeroSubject(),
     ZeroSubject(where="output"),
 ]
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

@@ -32,9 +32,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 
 def test_the_commands_run(tmp_path, monkeypatch):
-    """With one pipeline for all of them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mediation, "load_pipeline", functools.cache(mediation.load_pipeline))
     (tmp_path / "cases.csv").write_text(
         "prompt,subject,attribute\na cat in ink style,ink,style\nan ink dog,ink,style\n"
     )

@@ -25,7 +25,9 @@ SCHEDULERS = {
 }
 STEPS = 4
 # some of diffusers' schedulers make arrays of tensors in a way that numpy 2 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+numpys = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# what runs here is covered elsewhere, and slow to measure
+pytestmark = [numpys, pytest.mark.no_cover]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.runs import SAMPLING, doors, networks, rms
 
 # much noise, since of random weights little comes of the prompt, and bfloat16 has eight bits
 CASE = Case("a photo of a cat in ink style", subject="cat", corruption=GaussianNoise(scale=20.0), seed=3)
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

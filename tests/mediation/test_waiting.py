@@ -29,6 +29,7 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
 }
+pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and slow to measure
 
 
 class RowNoise(diffusers.DDIMScheduler):

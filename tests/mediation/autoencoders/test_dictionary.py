@@ -146,24 +146,26 @@ def test_names_are_judged_on_random_latents_too():
     active, odd = {0, 10, 30, 40, 60, 70, 80}, dictionary.isel(fold=1)
     met = {latent: set() for latent in active}
     xarray.testing.assert_identical(*(score_latents(dictionary, seed=3) for _ in range(2)))
-    for seed in range(60):
-        scores = score_latents(dictionary, seed=seed)
-        for latent in dictionary.latent.values.tolist():
-            one = scores.sel(latent=latent)
-            other = int(one.random_latent)
-            if latent not in active:
-                assert other == -1
-                assert numpy.isnan(float(one.random_iou))
-                continue
+    counts = {name: odd[name].to_series().to_dict() for name in ("overlap", "active", "area")}
+    for seed in range(40):
+        scores = score_latents(dictionary, seed=seed).to_dataframe()
+        silent = scores.drop(list(active))
+        assert (silent.random_latent == -1).all()
+        assert silent.random_iou.isna().all()
+        for latent, one in scores.loc[list(active)].iterrows():
+            other = one.random_latent
             met[latent].add(other)
-            counts = odd.sel(latent=other, label=str(one.label.values))
-            overlap, n_active, area = (float(counts[name]) for name in ("overlap", "active", "area"))
-            assert float(one.random_iou) == pytest.approx(overlap / (n_active + area - overlap))
-            assert float(one.random_precision) == pytest.approx(overlap / n_active)
-            assert float(one.random_recall) == pytest.approx(overlap / area)
+            overlap, n_active, area = (
+                counts["overlap"][other, one.label],
+                counts["active"][other],
+                counts["area"][one.label],
+            )
+            assert one.random_iou == pytest.approx(overlap / (n_active + area - overlap))
+            assert one.random_precision == pytest.approx(overlap / n_active)
+            assert one.random_recall == pytest.approx(overlap / area)
             shares = odd.overlap.sel(latent=other).values / n_active
             entropy = -(shares * numpy.log(shares)).sum() / numpy.log(3)
-            assert float(one.random_monosemanticity) == pytest.approx(1 - entropy)
+            assert one.random_monosemanticity == pytest.approx(1 - entropy)
     assert met == {latent: active - {latent} for latent in active}, "any other, never itself"
 
 
