@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.pyplot
 import numpy
 
@@ -20,6 +21,7 @@ _SHARES = {
     "target": ("target shown", "s", "#d98a29"),
     "specificity": ("specificity", "^", "#3f8f8b"),
 }
+_COMPONENTS = {"self_attention": ("self-attention", "#7b6aa6"), "mlp": ("MLP", "#d98a29")}
 
 
 def draw(
@@ -93,7 +95,7 @@ def draw_curves(
 
 
 def draw_agreements(agreements: Mapping[str, Sequence[Agreement]], title: str) -> matplotlib.figure.Figure:
-    """For each attribute and choice of tokens a panel: merit of the edit against indirect effect, by place."""
+    """For each attribute and choice of tokens a panel: merit of the edit against indirect effect, by layer."""
     found = [(attribute, one) for attribute, ones in agreements.items() for one in ones]
     n_rows, n_columns = math.ceil(len(found) / _N_COLUMNS), min(len(found), _N_COLUMNS)
     size = (3.2 * n_columns + 0.5, 3.2 * n_rows)
@@ -101,12 +103,19 @@ def draw_agreements(agreements: Mapping[str, Sequence[Agreement]], title: str) -
     for ax in axes.flat[len(found) :]:
         ax.remove()
     for ax, (attribute, one) in zip(axes.flat, found, strict=False):
-        ax.plot(one.effects, one.merits, "o", color=_SHARES["gone"][2])
         for site, x, y in zip(one.sites, one.effects, one.merits, strict=True):
-            ax.annotate(site.removeprefix("text_encoder."), (x, y), fontsize=6)
+            _, layer, component = site.rsplit(".", 2)
+            ax.plot(x, y, marker=f"${layer}$", markersize=7, markeredgewidth=0.3, color=_COMPONENTS[component][1])
         ax.set_title(f"{attribute}, {one.tokens}: rho {one.rho:.2f}", fontsize=9)
         ax.set(xlabel="indirect effect", ylabel="merit of the edit")
         ax.spines[["top", "right"]].set_visible(False)
+    marks = [
+        matplotlib.lines.Line2D([], [], ls="", marker="$0$", c=color, label=name)
+        for name, color in _COMPONENTS.values()
+    ]
+    figure.legend(
+        handles=marks, loc="outside lower center", ncols=len(marks), title="layer of", frameon=False, fontsize=8
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
