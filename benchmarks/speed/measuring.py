@@ -11,11 +11,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+# Of glibc: what is freed goes back to the system at once, so that a process is as large as what it holds.
+_KEEPS_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def machine() -> dict[str, object]:
@@ -98,12 +101,15 @@ def in_words(found: Mapping[str, float], unit: str = "") -> str:
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments) -> float:
     """By how many MiB a run exceeds what its process held before, at the peak; in a fresh process, on Linux.
 
+    By default glibc keeps much of what is freed, in pieces that later requests may not fit: that varies between runs,
+    grows with their length, and is not counted here.
+
     Args:
         prepare: a function of a module, so that the process can find it; it returns the run.
         *arguments: of `prepare`, picklable.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+    with mock.patch.dict(os.environ, _KEEPS_NOTHING), concurrent.futures.ProcessPoolExecutor(1, context) as process:
         return process.submit(_measure_peak, torch.get_num_threads(), prepare, arguments).result()
 
 

@@ -117,7 +117,7 @@ def test_captions_count_the_pictures_in_their_quadrant(small_pipe, sae, known, m
     green = [[color == showing.RIGHT for _, color in row] for row in words(figure)]
     assert green == [[False, True, False, True, False]] * 2 + [[False] * 5]
     assert [one[2] for one in put] == [*trials.QUADRANTS] * 3
-    assert {one[3:] for one in put} == {(1.0, (0.6, 1.0))}
+    assert {one[3:] for one in put} == {(8.0, (0.6, 1.0))}
     assert {one[1] for one in put[:4]} == {(0, 1, 2, 3, 4)}
     assert not any(set(one[1]) & {0, 1, 2, 3, 4} for one in put[4:8])
     assert list(exhibits.quadrants(small_pipe, sae, known.sel(label=["style: ink"]), SMALL)) == []
@@ -127,7 +127,7 @@ def test_a_sweep_of_strengths_has_the_unsteered_picture_and_the_probe_s_words(sm
     ((name, figure, caption),) = exhibits.strengths(small_pipe, sae, known, SMALL, "style", ("flat", "ink"))
     assert name == "style"
     ((*told,),) = words(figure)
-    columns = [-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]
+    columns = [-1.0, 0.0, 1.0, 2.0, 4.0, 8.0]
     assert [ax.get_title() for ax in figure.axes] == [f"{strength:g}" for strength in columns]
     plain = trials.generate(small_pipe, ["a cat"], seed=30_000, steps=2, guidance_scale=SMALL.guidance_scale)[0]
     pictures = [torch.from_numpy(numpy.array(ax.images[0].get_array())).permute(2, 0, 1).float() for ax in figure.axes]

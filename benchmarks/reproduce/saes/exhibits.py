@@ -30,7 +30,7 @@ from mediation.autoencoders.prediction import composition_iou
 from mediation.autoencoders.tally import agreement
 from mediation.sampling import Sampling
 
-STRENGTHS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+STRENGTHS = (-1.0, *trials.STRENGTHS)  # against the concept too
 COMPOSITION = ("object", "background")  # the labels of `bundled.label_composition`
 _BACKGROUNDS = tuple(name for name in world.BACKGROUNDS if name != "white")  # which pictures have anyway
 
@@ -55,7 +55,7 @@ class Settings:
     labelled: int = 150
     predicted: int = 6
     objects: int = 2
-    strength: float = 1.0
+    strength: float = 8.0  # as the trials of the claims chose
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
