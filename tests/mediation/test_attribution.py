@@ -29,7 +29,7 @@ def linear():
 
 @pytest.fixture(scope="module")
 def precise():
-    return double(tiny.stable_diffusion())
+    return double(tiny.shallow())
 
 
 def indirect(effects):
@@ -184,7 +184,7 @@ def test_images_are_differentiated_through_the_decoder(precise):
 
 def test_sdxl_text_sites_reach_the_pooled_embedding():
     """The last layer of the second encoder counts through it alone, and that of the first for nothing."""
-    pipe = double(tiny.stable_diffusion_xl())
+    pipe = double(tiny.shallow("sdxl"))
     sites = ["text_encoder.2.mlp", "text_encoder_2.2.mlp", "text_encoder_2.0.mlp"]
     estimated = indirect(mediation.trace(pipe, CASE, sites=sites, tokens="all", metric=LatentDistance(), **ESTIMATE))
     unread, pooled, both = estimated.values.ravel()
@@ -245,7 +245,7 @@ def test_bad_arguments_are_errors_before_any_work(precise, monkeypatch, wrong, m
 
 
 def test_half_precision_is_refused_wherever_gradients_pass():
-    pipe = tiny.stable_diffusion_xl()
+    pipe = tiny.shallow("sdxl")
     options = {"metric": LatentDistance(), **ESTIMATE}
     pipe.text_encoder.half()
     with pytest.raises(ValueError, match="underflow in float16, which the text_encoder is in"):
