@@ -146,8 +146,8 @@ def test_radau_points_average_polynomials(n_points):
 
 
 def test_few_rows_at_a_time_give_the_same_averages(precise):
-    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "integrated": 6, **ESTIMATE}
-    together = mediation.trace(precise, CASE, batch_size=6, **options)
+    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "integrated": 4, **ESTIMATE}
+    together = mediation.trace(precise, CASE, batch_size=4, **options)
     apart = mediation.trace(precise, CASE, batch_size=3, **options)
     numpy.testing.assert_allclose(apart.restored, together.restored, rtol=1e-9)
     plain = mediation.trace(precise, CASE, **options | {"integrated": 1})
