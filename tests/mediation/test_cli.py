@@ -262,6 +262,15 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
     assert "3 places, the same 1 case\n" in run("compare", "a.nc", "b.nc", "-k", 1).output
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two maps, for commands that fail and so leave them as they are."""
+    folder = tmp_path_factory.mktemp("maps")
+    save_map(make_map([[[1.0, 2.0]]]), folder / "map.nc")
+    save_map(make_map([[[[1.0, 2.0]]]], window=["0–0.5", "0.5–1"]), folder / "steps.nc")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -310,9 +319,8 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         (["compare", "map.nc", "map.nc"], "error: k=5 needs at least 5 places"),
     ],
 )
-def test_mistakes_become_messages(run, tmp_path, arguments, message):
-    save_map(make_map([[[1.0, 2.0]]]), tmp_path / "map.nc")
-    save_map(make_map([[[[1.0, 2.0]]]], window=["0–0.5", "0.5–1"]), tmp_path / "steps.nc")
+def test_mistakes_become_messages(run, monkeypatch, folder, arguments, message):
+    monkeypatch.chdir(folder)
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.output
