@@ -30,6 +30,14 @@ def tiny_pipe():
     return tiny.stable_diffusion()
 
 
+@pytest.fixture(scope="session")
+def shallow_pipe():
+    """As `tiny_pipe` with two levels in place of four, where depth does not matter; shared: leave it as it was."""
+    from tests import tiny
+
+    return tiny.shallow()
+
+
 @pytest.fixture
 def fresh_pipe():
     """A tiny random SD 1.x pipeline for one test, which may change it."""

@@ -66,6 +66,19 @@ def stable_diffusion_xl(seed: int = 0, **overrides) -> diffusers.StableDiffusion
 FAMILIES = {"sd1": stable_diffusion, "sd2": stable_diffusion_2, "sdxl": stable_diffusion_xl}
 
 
+def shallow(family: str = "sd1", seed: int = 0, **overrides) -> diffusers.DiffusionPipeline:
+    """A pipeline of a family with two levels, one of them with attention: every kind of site, for half the time."""
+    attention, plain = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+    unet = {"block_out_channels": (8, 16)}
+    if family == "sdxl":
+        attention, plain = plain, attention
+        unet |= {"layers_per_block": 1, "transformer_layers_per_block": (1, 2), "attention_head_dim": (1, 2)}
+    if family == "sd2":
+        unet["attention_head_dim"] = (2, 4)
+    unet |= {"down_block_types": (attention[0], plain[0]), "up_block_types": (plain[1], attention[1])}
+    return FAMILIES[family](seed, unet=_merged(unet, overrides, "unet"), **overrides)
+
+
 def tokenizer(
     words: tuple[str, ...] = WORDS, window: int = 77, padding: str = "<|endoftext|>"
 ) -> transformers.CLIPTokenizer:

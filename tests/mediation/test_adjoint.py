@@ -25,7 +25,7 @@ SCHEDULERS = {
 
 @pytest.fixture(scope="module")
 def pipe():
-    return double(tiny.stable_diffusion())
+    return double(tiny.shallow())
 
 
 def use(pipe, name, monkeypatch):

@@ -42,7 +42,7 @@ def test_sd2_pads_with_a_token_that_is_no_end():
 
 
 def test_sdxl_guides_as_the_pipeline_does_without_forced_zeros():
-    pipe = tiny.stable_diffusion_xl()
+    pipe = tiny.shallow("sdxl")
     family = family_of(pipe)
     assert not any(value.any() for value in family.encode_negative(pipe).values())
     forced = alone(pipe, CASE.prompt)
@@ -53,7 +53,7 @@ def test_sdxl_guides_as_the_pipeline_does_without_forced_zeros():
 
 
 def test_sdxl_decodes_in_full_precision_where_half_would_overflow():
-    pipe = tiny.stable_diffusion_xl()
+    pipe = tiny.shallow("sdxl")
     latents = alone(pipe, CASE.prompt).half()
     pipe.vae.half()
     images = family_of(pipe).decode(pipe, latents)
@@ -65,7 +65,7 @@ def test_sdxl_decodes_in_full_precision_where_half_would_overflow():
 
 def test_sdxl_restores_each_tokenizers_own_positions():
     """With the words spelled out for the second encoder, the subject stands elsewhere in it."""
-    pipe = tiny.stable_diffusion_xl(tokenizer_2=tiny.tokenizer(("in", "cat"), padding="!"))
+    pipe = tiny.shallow("sdxl", tokenizer_2=tiny.tokenizer(("in", "cat"), padding="!"))
     first, second = (clean_groups(tokenizer, CASE)["subject"] for tokenizer in tokenizers_of(pipe).values())
     assert first != second
     embeddings = [mediation.sites(pipe, network=encoder, layer=0) for encoder in tokenizers_of(pipe)]
@@ -81,7 +81,7 @@ def test_sdxl_restores_each_tokenizers_own_positions():
 
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
 def test_pipelines_that_start_from_an_image_say_what_to_do(kind):
-    for pipe in (tiny.stable_diffusion(), tiny.stable_diffusion_xl()):
+    for pipe in (tiny.shallow(), tiny.shallow("sdxl")):
         text_to_image = type(pipe)
         from_image = getattr(diffusers, text_to_image.__name__.replace("Pipeline", f"{kind}Pipeline"))
         other = from_image.from_pipe(pipe)

@@ -29,7 +29,7 @@ def linear():
 
 @pytest.fixture(scope="module")
 def precise():
-    return double(tiny.stable_diffusion())
+    return double(tiny.shallow())
 
 
 def indirect(effects):
@@ -146,8 +146,8 @@ def test_radau_points_average_polynomials(n_points):
 
 
 def test_few_rows_at_a_time_give_the_same_averages(precise):
-    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "integrated": 6, **ESTIMATE}
-    together = mediation.trace(precise, CASE, batch_size=6, **options)
+    options = {"sites": ["unet.mid.0.resnet"], "metric": LatentDistance(), "integrated": 4, **ESTIMATE}
+    together = mediation.trace(precise, CASE, batch_size=4, **options)
     apart = mediation.trace(precise, CASE, batch_size=3, **options)
     numpy.testing.assert_allclose(apart.restored, together.restored, rtol=1e-9)
     plain = mediation.trace(precise, CASE, **options | {"integrated": 1})
@@ -184,7 +184,7 @@ def test_images_are_differentiated_through_the_decoder(precise):
 
 def test_sdxl_text_sites_reach_the_pooled_embedding():
     """The last layer of the second encoder counts through it alone, and that of the first for nothing."""
-    pipe = double(tiny.stable_diffusion_xl())
+    pipe = double(tiny.shallow("sdxl"))
     sites = ["text_encoder.2.mlp", "text_encoder_2.2.mlp", "text_encoder_2.0.mlp"]
     estimated = indirect(mediation.trace(pipe, CASE, sites=sites, tokens="all", metric=LatentDistance(), **ESTIMATE))
     unread, pooled, both = estimated.values.ravel()
@@ -245,7 +245,7 @@ def test_bad_arguments_are_errors_before_any_work(precise, monkeypatch, wrong, m
 
 
 def test_half_precision_is_refused_wherever_gradients_pass():
-    pipe = tiny.stable_diffusion_xl()
+    pipe = tiny.shallow("sdxl")
     options = {"metric": LatentDistance(), **ESTIMATE}
     pipe.text_encoder.half()
     with pytest.raises(ValueError, match="underflow in float16, which the text_encoder is in"):

@@ -24,7 +24,7 @@ def pipe():
 
 def draw(pipe, prompts, **options):
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    options = {"num_inference_steps": 15, "guidance_scale": 4.0, "generator": generators} | options
+    options = {"num_inference_steps": 8, "guidance_scale": 4.0, "generator": generators} | options
     return pipe(prompts, output_type="pt", **options).images
 
 
@@ -82,7 +82,7 @@ def test_the_scorer_shares_the_pipelines_text_encoder(pipe):
 
 
 def test_the_probe_reads_real_renders():
-    images, captions = world.batch(numpy.random.default_rng(5), 200, "held_out")
+    images, captions = world.batch(numpy.random.default_rng(5), 100, "held_out")
     probe = bundled.load_probe()
     truth = world.labels([caption.scene for caption in captions])
     for factor in ("object", "style", "background", "count"):
@@ -112,7 +112,7 @@ def test_corrupting_the_style_hurts_and_restoring_the_text_doors_heals(pipe):
         case,
         sites=[cross_attentions, cross_attentions[0]],
         metric=[bundled.attribute_probability("style"), mediation.LatentDistance()],
-        num_inference_steps=8,
+        num_inference_steps=4,
         guidance_scale=4.0,
         progress=False,
     )

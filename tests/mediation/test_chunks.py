@@ -67,11 +67,11 @@ def test_every_run_is_measured_within_the_bound(tiny_pipe, n, chunk, mode):
     ("n", "chunk", "n_rows"), [(4, 2, 9), (4, 1, 13), (6, 3, 11), (5, 3, 10), (1, 1, 4), (1, 9, 4)]
 )
 @pytest.mark.parametrize("mode", ["restore", "knock_out"])
-def test_the_denoiser_computes_as_many_rows(tiny_pipe, n, chunk, n_rows, mode):
-    sites = mediation.sites(tiny_pipe, component="resnet")[:n]
-    with counting(tiny_pipe) as counter:
+def test_the_denoiser_computes_as_many_rows(shallow_pipe, n, chunk, n_rows, mode):
+    sites = mediation.sites(shallow_pipe, component="resnet")[:n]
+    with counting(shallow_pipe) as counter:
         effects = mediation.trace(
-            tiny_pipe, CASE, sites=sites, metric=LatentDistance(), mode=mode, batch_size=chunk + 2,
+            shallow_pipe, CASE, sites=sites, metric=LatentDistance(), mode=mode, batch_size=chunk + 2,
             num_inference_steps=2, guidance_scale=1.0, progress=False,
         )  # fmt: skip
     assert counter["rows"] == 2 * n_rows

@@ -17,9 +17,9 @@ COMMANDS = ("sites", "trace", "plot", "compare")
 
 
 @pytest.fixture
-def run(monkeypatch, tiny_pipe, tmp_path):
+def run(monkeypatch, shallow_pipe, tmp_path):
     """Runs the command in an empty folder, with a tiny pipeline for the bundled one."""
-    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None, **options: tiny_pipe)
+    monkeypatch.setattr(mediation, "load_pipeline", lambda name=None, **options: shallow_pipe)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
@@ -36,19 +36,19 @@ def test_help_lists_the_commands(run):
     assert all(command in output for command in (*COMMANDS, "attribute", "demo"))
 
 
-def test_every_example_runs(run, tiny_pipe):
+def test_every_example_runs(run, shallow_pipe):
     """In the order of the help, since later ones read what earlier ones wrote."""
     result = run(*example(run, "sites"))
     listed = [line.split()[0] for line in result.output.splitlines()]
-    chosen = mediation.sites(tiny_pipe, network="unet", component="cross_attention")
+    chosen = mediation.sites(shallow_pipe, network="unet", component="cross_attention")
     assert listed == [site.name for site in chosen]
     arguments = example(run, "trace")
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     effects = open_map("ink.nc")
     case = mediation.Case("a cat in the style of ink", subject="ink")
-    middle = mediation.sites(tiny_pipe, name="unet.mid.*")
-    expected = mediation.trace(tiny_pipe, case, sites=middle, num_inference_steps=4, progress=False)
+    middle = mediation.sites(shallow_pipe, name="unet.mid.*")
+    expected = mediation.trace(shallow_pipe, case, sites=middle, num_inference_steps=4, progress=False)
     assert effects.attrs == expected.attrs
     assert (effects.restored.values == expected.restored.values).all()
     table = result.output.splitlines()[4:]
@@ -67,13 +67,13 @@ def test_every_example_runs(run, tiny_pipe):
     ]
 
 
-def test_attributing_keeps_scores_and_their_sums(run, tiny_pipe):
+def test_attributing_keeps_scores_and_their_sums(run, shallow_pipe):
     arguments = example(run, "attribute")
     result = run(*arguments, "--map", "scores.nc")
     assert result.exit_code == 0, result.output
     found = mediation.Attribution.load("ink-scores.safetensors")
     options = {"parameters": "unet.mid.*", "num_inference_steps": 4, "progress": False}
-    expected = mediation.attribute(tiny_pipe, "ink style", **options)
+    expected = mediation.attribute(shallow_pipe, "ink style", **options)
     assert found.metadata == expected.metadata
     assert all((score == expected.scores[name]).all() for name, score in found.scores.items())
     effects = open_map("scores.nc")
@@ -85,7 +85,7 @@ def test_attributing_keeps_scores_and_their_sums(run, tiny_pipe):
     assert {place["site"] for place in told["places"]} == set(listed)
 
 
-def test_estimates_come_with_their_verification(run, tiny_pipe):
+def test_estimates_come_with_their_verification(run, shallow_pipe):
     case = ["--prompt", "a red cat", "--subject", "cat", "--sites", "unet.mid.*", "--steps", 2]
     options = [*case, "--backend", "attribution_patching", "--verify", 3]
     result = run("trace", *options, "--output", "map.nc")
@@ -103,16 +103,16 @@ def test_estimates_come_with_their_verification(run, tiny_pipe):
     assert int(open_map("screened.nc").exact.notnull().sum()) == 2
 
 
-def test_direct_effects_are_of_the_cross_attentions(run, tiny_pipe):
+def test_direct_effects_are_of_the_cross_attentions(run, shallow_pipe):
     case = ["--prompt", "a red cat", "--subject", "cat", "--corruption", "replace:dog", "--steps", 2]
     options = [*case, "--backend", "direct_effect", "--metric", "latent_distance"]
     result = run("trace", *options, "--output", "map.nc")
     assert result.exit_code == 0, result.output
-    layers = [site.name for site in mediation.sites(tiny_pipe, network="unet", component="cross_attention")]
+    layers = [site.name for site in mediation.sites(shallow_pipe, network="unet", component="cross_attention")]
     effects = open_map("map.nc")
     assert effects.site.values.tolist() == layers
     expected = mediation.trace(
-        tiny_pipe,
+        shallow_pipe,
         mediation.Case("a red cat", subject="cat", corruption=mediation.ReplaceSubject("dog")),
         backend="direct_effect",
         metric=mediation.LatentDistance(),
@@ -131,7 +131,7 @@ def test_direct_effects_are_of_the_cross_attentions(run, tiny_pipe):
         assert message in " ".join(result.output.split())
 
 
-def test_options_are_those_of_the_function(run, tiny_pipe):
+def test_options_are_those_of_the_function(run, shallow_pipe):
     case = mediation.Case("a red cat", subject="cat", corruption=mediation.ZeroSubject(where="output"), seed=5)
     given = ["--prompt", case.prompt, "--subject", "cat", "--seed", 5, "--corruption", "zero", "--where", "output"]
     given += ["--sites", "unet.mid.0.self_attention.*", "--heads", "--windows", "0-0.5,0.5-1", "--branch", "both"]
@@ -139,9 +139,9 @@ def test_options_are_those_of_the_function(run, tiny_pipe):
     result = run("trace", *given)
     assert result.exit_code == 0, result.output
     expected = mediation.trace(
-        tiny_pipe,
+        shallow_pipe,
         case,
-        sites=mediation.sites(tiny_pipe, name="unet.mid.0.self_attention.*", heads=True),
+        sites=mediation.sites(shallow_pipe, name="unet.mid.0.self_attention.*", heads=True),
         windows=[(0, 0.5), (0.5, 1)],
         branch="both",
         batch_size=5,
@@ -161,23 +161,23 @@ def test_options_are_those_of_the_function(run, tiny_pipe):
 CAT = ["--prompt", "a red cat", "--subject", "cat", "--steps", 1, "--output", "map.nc"]
 
 
-def test_whole_blocks_are_listed_and_traced(run, tiny_pipe):
-    for options in (["--component", "block", "--layer", 4], ["--component", "block", "--block", "mid"]):
+def test_whole_blocks_are_listed_and_traced(run, shallow_pipe):
+    for options in (["--component", "block", "--layer", 2], ["--component", "block", "--block", "mid"]):
         listed = run("sites", "--network", "unet", *options).output
         assert listed.split()[0] == "unet.mid.block"
         assert len(listed.splitlines()) == 1
     assert run("trace", *CAT, "--sites", "unet.*.block").exit_code == 0
-    blocks = [site.name for site in mediation.sites(tiny_pipe, network="unet", component="block")]
+    blocks = [site.name for site in mediation.sites(shallow_pipe, network="unet", component="block")]
     assert open_map("map.nc").site.values.tolist() == blocks
     assert run("trace", *CAT, "--component", "block", "--sites", "text_encoder.*").exit_code == 0
-    blocks = [site.name for site in mediation.sites(tiny_pipe, network="text_encoder", component="block")]
+    blocks = [site.name for site in mediation.sites(shallow_pipe, network="text_encoder", component="block")]
     assert open_map("map.nc").site.values.tolist() == blocks
 
 
-def test_neighbours_are_restored_together(run, tiny_pipe):
+def test_neighbours_are_restored_together(run, shallow_pipe):
     text = ["--sites", "text_encoder.*", "--component", "mlp", "--neighbours", 2]
     assert run("trace", *CAT, *text).exit_code == 0
-    layers = mediation.sites(tiny_pipe, network="text_encoder", component="mlp")
+    layers = mediation.sites(shallow_pipe, network="text_encoder", component="mlp")
     names = ["+".join(site.name for site in group) for group in mediation.neighbours(layers, 2)]
     assert open_map("map.nc").site.values.tolist() == names
     result = run("trace", *CAT, "--neighbours", 2)
@@ -185,7 +185,7 @@ def test_neighbours_are_restored_together(run, tiny_pipe):
     assert "error: neighbours are of one network and component" in result.output
 
 
-def test_several_metrics_are_told_one_by_one_and_drawn_by_choice(run, tiny_pipe):
+def test_several_metrics_are_told_one_by_one_and_drawn_by_choice(run, shallow_pipe):
     given = [*CAT, "--sites", "unet.mid.0.*", "--windows", "0-1"]
     result = run("trace", *given, "--metric", "image_mse", "--metric", "latent_distance")
     assert result.exit_code == 0, result.output
@@ -218,9 +218,9 @@ def test_prompts_come_one_per_line(run, tmp_path):
     assert "attribute" not in effects.coords
 
 
-def test_a_device_and_a_dtype_are_those_of_the_pipeline(monkeypatch, tiny_pipe, tmp_path):
+def test_a_device_and_a_dtype_are_those_of_the_pipeline(monkeypatch, shallow_pipe, tmp_path):
     monkeypatch.chdir(tmp_path)
-    tiny_pipe.save_pretrained("tiny")
+    shallow_pipe.save_pretrained("tiny")
     given = ["--sites", "unet.mid.0.resnet", "--model", "tiny", "--device", "cpu", "--dtype", "bfloat16"]
     result = CliRunner().invoke(app, ["trace", *map(str, CAT), *given], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -260,6 +260,15 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
     assert [row["estimate"] for row in told["statistics"]] == pytest.approx([-1, -1, 0])
     assert told["statistics"][0]["low"] is None  # a single case has no interval
     assert "3 places, the same 1 case\n" in run("compare", "a.nc", "b.nc", "-k", 1).output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two maps, for commands that fail and so leave them as they are."""
+    folder = tmp_path_factory.mktemp("maps")
+    save_map(make_map([[[1.0, 2.0]]]), folder / "map.nc")
+    save_map(make_map([[[[1.0, 2.0]]]], window=["0–0.5", "0.5–1"]), folder / "steps.nc")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -310,9 +319,8 @@ def test_json_of_sites_and_comparisons(run, tmp_path):
         (["compare", "map.nc", "map.nc"], "error: k=5 needs at least 5 places"),
     ],
 )
-def test_mistakes_become_messages(run, tmp_path, arguments, message):
-    save_map(make_map([[[1.0, 2.0]]]), tmp_path / "map.nc")
-    save_map(make_map([[[[1.0, 2.0]]]], window=["0–0.5", "0.5–1"]), tmp_path / "steps.nc")
+def test_mistakes_become_messages(run, monkeypatch, folder, arguments, message):
+    monkeypatch.chdir(folder)
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.output

@@ -24,7 +24,12 @@ KINDS += ["unet.conv_out.weight"]
 
 @pytest.fixture(scope="module")
 def double_pipe():
-    return double(tiny.stable_diffusion())
+    return double(tiny.shallow())
+
+
+@pytest.fixture
+def own_pipe():
+    return tiny.shallow()
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +105,17 @@ def test_scores_predict_the_ablation_of_one_weight(double_pipe, found, objective
 
 
 @pytest.mark.parametrize("objective", ["erase", "amplify", "amplify pictures"])
-def test_several_seeds_are_their_mean_however_they_are_batched(tiny_pipe, objective):
+def test_several_seeds_are_their_mean_however_they_are_batched(shallow_pipe, objective):
     options = {"parameters": ["unet.mid.*", "text_encoder.0.mlp"], "objective": objective.split()[0], **OPTIONS}
     if objective.endswith("pictures"):
         images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         options |= {"images": images, "guidance_scale": None}
-    alone = [attribute(tiny_pipe, CONCEPT, seeds=seed, **options) for seed in (1, 2)]
+    alone = [attribute(shallow_pipe, CONCEPT, seeds=seed, **options) for seed in (1, 2)]
     assert not torch.allclose(*(next(iter(one.scores.values())) for one in alone), rtol=0.1)
-    # the deepest self-attention has a single position, and so scores that are 0 but for rounding
+    # scores that cancel are 0 but for rounding
     floor = 1e-5 * max(float(score.abs().max()) for score in alone[0].scores.values())
     for batch_size in (1, 3, None):
-        both = attribute(tiny_pipe, CONCEPT, seeds=[1, 2], batch_size=batch_size, **options)
+        both = attribute(shallow_pipe, CONCEPT, seeds=[1, 2], batch_size=batch_size, **options)
         assert both.metadata["value"] == pytest.approx(sum(one.metadata["value"] for one in alone) / 2, rel=1e-4)
         for name, score in both.scores.items():
             mean = (alone[0].scores[name] + alone[1].scores[name]) / 2
@@ -118,7 +123,7 @@ def test_several_seeds_are_their_mean_however_they_are_batched(tiny_pipe, object
 
 
 def test_every_text_encoder_of_sdxl_is_reached_but_for_what_nothing_reads():
-    pipe = tiny.stable_diffusion_xl()
+    pipe = tiny.shallow("sdxl")
     chosen = ["text_encoder.*.mlp", "text_encoder_2.*.mlp"]
     found = attribute(pipe, CONCEPT, parameters=chosen, **OPTIONS).to_dataset()
     reached = {str(site): bool(p > 0) for site, p in zip(found.site.values, found.positive.values, strict=True)}
@@ -128,74 +133,72 @@ def test_every_text_encoder_of_sdxl_is_reached_but_for_what_nothing_reads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_nearly_the_same_scores_in_float32(fresh_pipe, dtype):
+def test_half_precision_gives_nearly_the_same_scores_in_float32(own_pipe, dtype):
     options = {"parameters": ["unet.mid.*", "text_encoder.0.mlp"], **OPTIONS}
-    exact = attribute(fresh_pipe, CONCEPT, **options)
-    rough = attribute(fresh_pipe.to(dtype), CONCEPT, **options)
+    exact = attribute(own_pipe, CONCEPT, **options)
+    rough = attribute(own_pipe.to(dtype), CONCEPT, **options)
     assert {score.dtype for score in rough.scores.values()} == {torch.float32}
     a, b = (torch.cat([score.flatten() for score in one.scores.values()]) for one in (exact, rough))
     assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.95
 
 
-def test_nothing_is_left_changed(fresh_pipe):
-    fresh_pipe.unet.requires_grad_(False)
-    frozen, hooks = [p.requires_grad for p in fresh_pipe.unet.parameters()], hooks_of(fresh_pipe)
-    before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks(fresh_pipe)]
-    found = attribute(fresh_pipe, CONCEPT, **OPTIONS)
+def test_nothing_is_left_changed(own_pipe):
+    own_pipe.unet.requires_grad_(False)
+    frozen, hooks = [p.requires_grad for p in own_pipe.unet.parameters()], hooks_of(own_pipe)
+    before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks(own_pipe)]
+    found = attribute(own_pipe, CONCEPT, **OPTIONS)
     assert any(score.any() for score in found.scores.values()), "frozen weights have scores too"
-    assert [p.requires_grad for p in fresh_pipe.unet.parameters()] == frozen
-    assert all(p.requires_grad for p in fresh_pipe.text_encoder.parameters())
-    assert all(p.grad is None for network in networks(fresh_pipe) for p in network.parameters())
-    assert hooks_of(fresh_pipe) == hooks
-    for network, state in zip(networks(fresh_pipe), before, strict=True):
+    assert [p.requires_grad for p in own_pipe.unet.parameters()] == frozen
+    assert all(p.requires_grad for p in own_pipe.text_encoder.parameters())
+    assert all(p.grad is None for network in networks(own_pipe) for p in network.parameters())
+    assert hooks_of(own_pipe) == hooks
+    for network, state in zip(networks(own_pipe), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-def test_pil_images_and_tensors_are_read_alike(tiny_pipe):
+def test_pil_images_and_tensors_are_read_alike(shallow_pipe):
     pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     options = {"objective": "amplify", "parameters": "unet.mid.0.feed_forward", **OPTIONS, "guidance_scale": None}
-    tensor = attribute(tiny_pipe, CONCEPT, images=pixels.permute(0, 3, 1, 2).float() / 255, **options)
-    images = attribute(tiny_pipe, CONCEPT, images=[Image.fromarray(image.numpy()) for image in pixels], **options)
+    tensor = attribute(shallow_pipe, CONCEPT, images=pixels.permute(0, 3, 1, 2).float() / 255, **options)
+    images = attribute(shallow_pipe, CONCEPT, images=[Image.fromarray(image.numpy()) for image in pixels], **options)
     assert images.metadata["n_images"] == 2
     assert images.metadata["value"] == pytest.approx(tensor.metadata["value"], rel=1e-6)
     assert images.metadata["guidance_scale"] is None
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_pil_images_of_other_modes_are_read_as_rgb(tiny_pipe, mode):
+def test_pil_images_of_other_modes_are_read_as_rgb(shallow_pipe, mode):
     options = {"objective": "amplify", "parameters": "unet.mid.0.feed_forward", **OPTIONS, "guidance_scale": None}
     image = Image.linear_gradient("L").resize((16, 16)).convert(mode)
     values = [
-        attribute(tiny_pipe, CONCEPT, images=[one], **options).metadata["value"]
+        attribute(shallow_pipe, CONCEPT, images=[one], **options).metadata["value"]
         for one in (image, image.convert("RGB"))
     ]
     assert values[0] == values[1]
 
 
-@pytest.mark.parametrize("seeds", [numpy.int64(3), [numpy.int32(3)], numpy.array([3]), range(3, 4)])
-def test_seeds_are_integers_of_any_kind(tiny_pipe, tmp_path, seeds):
+def test_seeds_are_integers_of_any_kind(shallow_pipe, tmp_path):
     options = {"parameters": "unet.mid.0.feed_forward", **OPTIONS}
-    found, plain = (
-        attribute(tiny_pipe, CONCEPT, **options | {"seeds": seeds}),
-        attribute(tiny_pipe, CONCEPT, **options | {"seeds": 3}),
-    )
-    found.save(tmp_path / "scores.safetensors")
-    assert found.metadata == plain.metadata
-    assert found.metadata["seeds"] == [3]
+    plain = attribute(shallow_pipe, CONCEPT, seeds=3, **options)
+    for seeds in (numpy.int64(3), [numpy.int32(3)], numpy.array([3]), range(3, 4)):
+        found = attribute(shallow_pipe, CONCEPT, seeds=seeds, **options)
+        found.save(tmp_path / "scores.safetensors")
+        assert found.metadata == plain.metadata
+        assert found.metadata["seeds"] == [3]
 
 
-def test_what_is_drawn_is_guided_by_3_unless_told_otherwise(tiny_pipe):
+def test_what_is_drawn_is_guided_by_3_unless_told_otherwise(shallow_pipe):
     options = {"parameters": "unet.mid.0.feed_forward", "num_inference_steps": 2, "progress": False}
     for objective in ("erase", "amplify"):
         default, three, four = (
-            attribute(tiny_pipe, CONCEPT, objective=objective, **options, **guided).metadata
+            attribute(shallow_pipe, CONCEPT, objective=objective, **options, **guided).metadata
             for guided in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 4.0})
         )
         assert default["guidance_scale"] == 3.0
         assert default["value"] == three["value"] != four["value"]
 
 
-def test_the_map_is_the_sums_by_site(found, tiny_pipe, tmp_path):
+def test_the_map_is_the_sums_by_site(found, shallow_pipe, tmp_path):
     effects = found.to_dataset()
     sums = {}
     for name, score in found.scores.items():
@@ -218,11 +221,11 @@ def test_the_map_is_the_sums_by_site(found, tiny_pipe, tmp_path):
     assert open_map(tmp_path / "map.nc").equals(effects)
 
 
-def test_the_map_is_on_the_sites_of_a_causal_map(tiny_pipe):
-    effects = attribute(tiny_pipe, CONCEPT, parameters="unet.mid.*", **OPTIONS).to_dataset()
+def test_the_map_is_on_the_sites_of_a_causal_map(shallow_pipe):
+    effects = attribute(shallow_pipe, CONCEPT, parameters="unet.mid.*", **OPTIONS).to_dataset()
     case = mediation.Case("a ink cat", subject="ink")
     traced = mediation.trace(
-        tiny_pipe, case, sites=mediation.sites(tiny_pipe, name="unet.mid.*"), num_inference_steps=1
+        shallow_pipe, case, sites=mediation.sites(shallow_pipe, name="unet.mid.*"), num_inference_steps=1
     )
     for name in ("site", "network", "component", "layer", "block", "path"):
         assert effects[name].values.tolist() == traced[name].values.tolist()
@@ -291,10 +294,10 @@ GIVEN = {"objective": "amplify", "guidance_scale": None}
         ({"parameters": "unet.engine"}, KeyError, "matches no site and no parameter"),
     ],
 )
-def test_mistakes_are_told_before_any_work(tiny_pipe, monkeypatch, options, error, message):
-    monkeypatch.setattr(tiny_pipe.unet, "forward", lambda *_, **__: pytest.fail("work was done"))
+def test_mistakes_are_told_before_any_work(shallow_pipe, monkeypatch, options, error, message):
+    monkeypatch.setattr(shallow_pipe.unet, "forward", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(error, match=message):
-        attribute(tiny_pipe, options.pop("concept", CONCEPT), **OPTIONS | options)
+        attribute(shallow_pipe, options.pop("concept", CONCEPT), **OPTIONS | options)
 
 
 def test_a_map_of_an_unknown_sign_is_refused(found):

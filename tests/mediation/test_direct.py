@@ -41,43 +41,43 @@ def drawn(pipe, prompt):
 
 
 @pytest.mark.parametrize("mode", ["restore", "knock_out"])
-def test_a_layer_reads_the_other_prompt(tiny_pipe, mode):
-    chosen = text_layers(tiny_pipe)[2:4]
-    effects = mediation.trace(tiny_pipe, CASE, sites=[chosen], backend="direct_effect", mode=mode, **FAST)
+def test_a_layer_reads_the_other_prompt(shallow_pipe, mode):
+    chosen = text_layers(shallow_pipe)[2:4]
+    effects = mediation.trace(shallow_pipe, CASE, sites=[chosen], backend="direct_effect", mode=mode, **FAST)
     (name,) = effects.site.values
     assert name == "+".join(layer.name for layer in chosen)
     own, other = CASE.prompt, CASE.corrupted_prompt
     if mode == "restore":
         own, other = other, own
-    with reading(tiny_pipe, chosen, other):
-        by_hand = drawn(tiny_pipe, own)
-    clean, untouched = drawn(tiny_pipe, CASE.prompt), drawn(tiny_pipe, own)
+    with reading(shallow_pipe, chosen, other):
+        by_hand = drawn(shallow_pipe, own)
+    clean, untouched = drawn(shallow_pipe, CASE.prompt), drawn(shallow_pipe, own)
     expected = -float((by_hand - clean).square().mean().sqrt())
     assert float(effects.restored.squeeze()) == pytest.approx(expected, rel=1e-2)
     assert float((by_hand - untouched).square().mean().sqrt()) > 1e-2 * abs(expected)
 
 
-def test_all_layers_together_are_the_total_effect(tiny_pipe):
-    layers = text_layers(tiny_pipe)
-    effects = mediation.trace(tiny_pipe, CASE, sites=[layers, layers[0]], backend="direct_effect", **FAST)
+def test_all_layers_together_are_the_total_effect(shallow_pipe):
+    layers = text_layers(shallow_pipe)
+    effects = mediation.trace(shallow_pipe, CASE, sites=[layers, layers[0]], backend="direct_effect", **FAST)
     every, one = mediation.indirect_effect(effects, normalize=True).values.ravel()
     assert every == pytest.approx(1, abs=1e-3)
     assert one < 0.99
 
 
-def test_the_default_is_each_cross_attention(tiny_pipe):
-    effects = mediation.trace(tiny_pipe, CASE, backend="direct_effect", **FAST)
-    assert effects.site.values.tolist() == [layer.name for layer in text_layers(tiny_pipe)]
+def test_the_default_is_each_cross_attention(shallow_pipe):
+    effects = mediation.trace(shallow_pipe, CASE, backend="direct_effect", **FAST)
+    assert effects.site.values.tolist() == [layer.name for layer in text_layers(shallow_pipe)]
     assert set(effects.component.values) == {"cross_attention"}
 
 
-def test_the_search_ends_at_the_shortest_run_that_is_enough(tiny_pipe):
-    hooks = hooks_of(tiny_pipe)
+def test_the_search_ends_at_the_shortest_run_that_is_enough(shallow_pipe):
+    hooks = hooks_of(shallow_pipe)
     options = FAST | {"num_inference_steps": 1}
-    single = mediation.trace(tiny_pipe, CASE, backend="direct_effect", mode="restore", **options)
+    single = mediation.trace(shallow_pipe, CASE, backend="direct_effect", mode="restore", **options)
     best_alone = float(mediation.indirect_effect(single, normalize=True).max())
-    found = mediation.find_text_layers(tiny_pipe, CASE, mode="restore", share=best_alone * 1.01, **options)
-    m, names = len(found.layers), [layer.name for layer in text_layers(tiny_pipe)]
+    found = mediation.find_text_layers(shallow_pipe, CASE, mode="restore", share=best_alone * 1.01, **options)
+    m, names = len(found.layers), [layer.name for layer in text_layers(shallow_pipe)]
     first = names.index(found.layers[0])
     assert m > 1
     assert list(found.layers) == names[first : first + m]
@@ -87,38 +87,38 @@ def test_the_search_ends_at_the_shortest_run_that_is_enough(tiny_pipe):
     longest = shares[[n == m for n in n_layers]]
     assert str(longest.site.values[longest.values.argmax()]).split("+") == list(found.layers)
     assert float(longest.max()) >= best_alone * 1.01 > float(shares[[n < m for n in n_layers]].max())
-    again = mediation.find_text_layers(tiny_pipe, CASE, mode="restore", share=best_alone * 0.99, **options)
+    again = mediation.find_text_layers(shallow_pipe, CASE, mode="restore", share=best_alone * 0.99, **options)
     assert len(again.layers) == 1
-    assert hooks_of(tiny_pipe) == hooks
+    assert hooks_of(shallow_pipe) == hooks
 
 
-def test_the_layers_found_are_what_an_edit_takes(tiny_pipe):
+def test_the_layers_found_are_what_an_edit_takes(shallow_pipe):
     options = FAST | {"num_inference_steps": 1}
-    found = mediation.find_text_layers(tiny_pipe, CASE, mode="restore", share=0.01, **options)
-    edit = editing.cross_attention_edit(tiny_pipe, {"cat": "dog"}, method="loco", layers=found.layers)
+    found = mediation.find_text_layers(shallow_pipe, CASE, mode="restore", share=0.01, **options)
+    edit = editing.cross_attention_edit(shallow_pipe, {"cat": "dog"}, method="loco", layers=found.layers)
     edited = {name.rsplit(".", 2)[0] for name in edit.updates}
-    chosen = [layer for layer in text_layers(tiny_pipe) if layer.name in found.layers]
+    chosen = [layer for layer in text_layers(shallow_pipe) if layer.name in found.layers]
     assert edited == {f"unet.{layer.path}" for layer in chosen}
 
 
-def test_a_share_that_is_not_reached_is_an_error_with_the_best(tiny_pipe):
+def test_a_share_that_is_not_reached_is_an_error_with_the_best(shallow_pipe):
     with pytest.raises(
         ValueError, match=r"no 1 consecutive layers have 0.999 of the total effect; the best, unet\..*, have 0"
     ):
         mediation.find_text_layers(
-            tiny_pipe, CASE, mode="restore", share=0.999, max_layers=1, **FAST | {"num_inference_steps": 1}
+            shallow_pipe, CASE, mode="restore", share=0.999, max_layers=1, **FAST | {"num_inference_steps": 1}
         )
 
 
 @pytest.mark.parametrize("mode", ["restore", "knock_out"])
-def test_the_search_does_not_depend_on_which_way_a_metric_counts(tiny_pipe, mode):
+def test_the_search_does_not_depend_on_which_way_a_metric_counts(shallow_pipe, mode):
     def size(images, latents, cases):
         return latents.square().mean((1, 2, 3)).numpy()
 
     size.needs_images = False
     options = FAST | {"num_inference_steps": 1, "mode": mode, "share": 0.1}
     found = [
-        mediation.find_text_layers(tiny_pipe, CASE, **options | {"metric": metric})
+        mediation.find_text_layers(shallow_pipe, CASE, **options | {"metric": metric})
         for metric in (size, lambda *outcome: -size(*outcome))
     ]
     signs = [float(mediation.total_effect(one.effects).squeeze()) > 0 for one in found]
@@ -126,7 +126,7 @@ def test_the_search_does_not_depend_on_which_way_a_metric_counts(tiny_pipe, mode
     assert found[0].layers == found[1].layers
 
 
-def test_a_search_without_any_effect_ends_at_once(tiny_pipe, monkeypatch):
+def test_a_search_without_any_effect_ends_at_once(shallow_pipe, monkeypatch):
     lengths = []
 
     def traced(pipe, cases, *, sites, **options):
@@ -136,7 +136,7 @@ def test_a_search_without_any_effect_ends_at_once(tiny_pipe, monkeypatch):
     monkeypatch.setattr(textlayers, "trace", traced)
     metric = lambda images, latents, cases: numpy.zeros(len(latents))  # noqa: E731
     with pytest.raises(ValueError, match="no case has a total effect above the noise floor"):
-        mediation.find_text_layers(tiny_pipe, CASE, **FAST | {"num_inference_steps": 1, "metric": metric})
+        mediation.find_text_layers(shallow_pipe, CASE, **FAST | {"num_inference_steps": 1, "metric": metric})
     assert lengths == [1]
 
 
@@ -144,24 +144,24 @@ def test_a_search_without_any_effect_ends_at_once(tiny_pipe, monkeypatch):
     ("wrong", "message"),
     [
         ({"share": 0}, "between 0 and 1"),
-        ({"max_layers": 11}, "between 1 and the 10 layers"),
+        ({"max_layers": 5}, "between 1 and the 4 layers"),
         ({"images": "all"}, "pass no images"),
         ({"windows": [(0, 1)]}, "pass no windows"),
         ({"metric": [LatentDistance()]}, "a single one"),
         ({"branch": "both"}, "only the conditional half"),
     ],
 )
-def test_a_search_that_cannot_be_made_is_an_error_before_any_work(tiny_pipe, monkeypatch, wrong, message):
+def test_a_search_that_cannot_be_made_is_an_error_before_any_work(shallow_pipe, monkeypatch, wrong, message):
     def no_work(*args, **kwargs):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(tiny_pipe.unet, "forward", no_work)
-    monkeypatch.setattr(tiny_pipe.text_encoder, "forward", no_work)
+    monkeypatch.setattr(shallow_pipe.unet, "forward", no_work)
+    monkeypatch.setattr(shallow_pipe.text_encoder, "forward", no_work)
     with pytest.raises(ValueError, match=message):
-        mediation.find_text_layers(tiny_pipe, CASE, **{**FAST, **wrong})
+        mediation.find_text_layers(shallow_pipe, CASE, **{**FAST, **wrong})
 
 
-def test_other_sites_have_no_direct_effect_of_text(tiny_pipe):
+def test_other_sites_have_no_direct_effect_of_text(shallow_pipe):
     for site in ("unet.mid.0.resnet", "unet.mid.0.cross_attention.head.0"):
         with pytest.raises(ValueError, match="whole cross-attention layers"):
-            mediation.trace(tiny_pipe, CASE, sites=[site], backend="direct_effect", **FAST)
+            mediation.trace(shallow_pipe, CASE, sites=[site], backend="direct_effect", **FAST)

@@ -1,6 +1,7 @@
 """What a family states about an architecture is checked against the running model, for every family alike."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -14,9 +15,11 @@ from mediation.hooks import hooked
 from mediation.pipelines import family_of, tokenizers_of
 from mediation.rows import CLEAN, CORRUPTED, Intervention
 from mediation.sampling import Sampling, sample_rows
-from tests import tiny
-from tests.runs import CASE, SAMPLING, alone, doors, hooks_of, rms
+from tests import runs, tiny
+from tests.runs import CASE, doors, hooks_of, rms
 
+SAMPLING = Sampling(num_inference_steps=2, guidance_scale=4.0)
+alone = functools.partial(runs.alone, num_inference_steps=2)
 CONTAINERS = ("transformer", "block")
 CORRUPTIONS = [
     GaussianNoise(),
@@ -29,44 +32,52 @@ pytestmark = pytest.mark.no_cover  # what runs here is covered elsewhere, and sl
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def pipe(request):
+def deep(request):
     """A tiny random pipeline of each family, shared: leave it as it was."""
     return tiny.FAMILIES[request.param]()
 
 
-def test_every_path_resolves_once(pipe):
-    modules = [site for component in (None, *CONTAINERS) for site in mediation.sites(pipe, component=component)]
-    heads = mediation.sites(pipe, heads=True)
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def pipe(request):
+    """As `deep` with two levels, for what is the same at all depths."""
+    return tiny.shallow(request.param)
+
+
+def test_every_path_resolves_once(deep):
+    modules = [site for component in (None, *CONTAINERS) for site in mediation.sites(deep, component=component)]
+    heads = mediation.sites(deep, heads=True)
     assert len({(site.network, site.path) for site in modules}) == len({site.name for site in modules}) == len(modules)
     assert len({(site.network, site.path, site.head) for site in heads}) == len({head.name for head in heads})
     for site in modules + heads:
-        assert site.module(pipe) is getattr(pipe, site.network).get_submodule(site.path)
+        assert site.module(deep) is getattr(deep, site.network).get_submodule(site.path)
 
 
-@pytest.mark.parametrize("component", [None, *CONTAINERS])
-def test_the_declared_order_is_the_execution_order(pipe, component):
-    found = mediation.sites(pipe, component=component)
-    ran, handles = [], []
-    for site in found:
-        handles.append(site.module(pipe).register_forward_hook(lambda *_, name=site.name: ran.append(name)))
+def test_the_declared_order_is_the_execution_order(deep):
+    found = {component: mediation.sites(deep, component=component) for component in (None, *CONTAINERS)}
+    ran, handles = {component: [] for component in found}, []
+    for component, sites in found.items():
+        for site in sites:
+            see = lambda *_, of=ran[component], name=site.name: of.append(name)  # noqa: E731
+            handles.append(site.module(deep).register_forward_hook(see))
     try:
-        alone(pipe, "a cat", num_inference_steps=1, guidance_scale=1.0)
+        alone(deep, "a cat", num_inference_steps=1, guidance_scale=1.0)
     finally:
         for handle in handles:
             handle.remove()
-    assert ran == [site.name for site in found]
+    for component, sites in found.items():
+        assert ran[component] == [site.name for site in sites]
 
 
-def test_every_door_of_text_is_known(pipe):
+def test_every_door_of_text_is_known(deep):
     """The denoiser no longer depends on the prompt when the known doors are shut."""
 
     def outputs():
-        return [alone(pipe, prompt, num_inference_steps=1) for prompt in ("a cat", "a red dog in the style of ink")]
+        return [alone(deep, prompt, num_inference_steps=1) for prompt in ("a cat", "a red dog in the style of ink")]
 
     assert not torch.allclose(*outputs())
     shut = [
-        site.module(pipe).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-        for site in doors(pipe)
+        site.module(deep).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        for site in doors(deep)
     ]
     try:
         assert torch.equal(*outputs())
@@ -76,24 +87,14 @@ def test_every_door_of_text_is_known(pipe):
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_restoring_every_text_door_is_the_clean_run(pipe, corruption):
+def test_restoring_every_text_door_is_the_clean_run_and_knocking_them_out_the_corrupted_one(pipe, corruption):
     case = Case(CASE.prompt, subject=CASE.subject, corruption=corruption)
-    rows = [Intervention(doors(pipe)), Intervention()]
+    rows = [Intervention(sites, mode=mode) for mode in ("restore", "knock_out") for sites in (doors(pipe), ())]
     latents = sample_rows(pipe, case, 0, rows, SAMPLING)
     damage = rms(latents[CORRUPTED], latents[CLEAN])
     assert damage > 1e-3  # there is something to restore
-    assert rms(latents[2], latents[CLEAN]) < 1e-4 * damage
-    assert rms(latents[3], latents[CORRUPTED]) < 1e-4 * damage
-
-
-@pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_knocking_out_every_text_door_is_the_corrupted_run(pipe, corruption):
-    case = Case(CASE.prompt, subject=CASE.subject, corruption=corruption)
-    rows = [Intervention(doors(pipe), mode="knock_out"), Intervention(mode="knock_out")]
-    latents = sample_rows(pipe, case, 0, rows, SAMPLING)
-    damage = rms(latents[CORRUPTED], latents[CLEAN])
-    assert rms(latents[2], latents[CORRUPTED]) < 1e-4 * damage
-    assert rms(latents[3], latents[CLEAN]) < 1e-4 * damage
+    for row, expected in enumerate((CLEAN, CORRUPTED, CORRUPTED, CLEAN), start=2):
+        assert rms(latents[row], latents[expected]) < 1e-4 * damage
 
 
 def test_the_clean_row_is_what_the_pipeline_does_alone(pipe):
@@ -138,7 +139,7 @@ def test_of_a_text_encoder_the_layers_that_are_read_change_the_text_and_the_othe
 
 def test_restoring_the_blocks_after_the_last_skip_is_the_clean_run(pipe):
     *_, last = mediation.sites(pipe, network="unet", component="block")
-    latents = sample_rows(pipe, CASE, 0, [Intervention((last,))], Sampling(3, 4.0, branch="both"))
+    latents = sample_rows(pipe, CASE, 0, [Intervention((last,))], Sampling(2, 4.0, branch="both"))
     damage = rms(latents[CORRUPTED], latents[CLEAN])
     assert rms(latents[2], latents[CLEAN]) < 1e-4 * damage
 

@@ -24,7 +24,7 @@ def test_the_default_is_the_weights_of_all_feed_forwards():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_site_stands_for_its_weights_without_biases_and_norms(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.shallow(family)
     for site in mediation.sites(pipe):
         found = choose(pipe, site)
         inside = parameters(pipe, site.network)
