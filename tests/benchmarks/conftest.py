@@ -27,3 +27,26 @@ def small_pipe():
         "up_block_types": ("CrossAttnUpBlock2D",) * 2,
     }
     return tiny.stable_diffusion(unet=unet, text_encoder={"num_hidden_layers": 2})
+
+
+@pytest.fixture(scope="module")
+def few_resamples():
+    """Intervals of planted effects are told from their margins by fewer resamples than published ones have."""
+    from benchmarks.reproduce import agreement, simultaneous
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simultaneous, "N_RESAMPLES", 2000)
+        patch.setattr(agreement, "N_RESAMPLES", 400)
+        simultaneous._draws.cache_clear()
+        yield
+    simultaneous._draws.cache_clear()
+
+
+@pytest.fixture
+def plain_claims(monkeypatch):
+    """Claims have empty figures: that those of claims can be drawn is told by the tests of tracing."""
+    import matplotlib.pyplot
+
+    from benchmarks.reproduce import report
+
+    monkeypatch.setattr(report, "draw", lambda claim: matplotlib.pyplot.figure())

@@ -28,14 +28,17 @@ TASKS = [
 FAST = {"num_inference_steps": 2, "guidance_scale": 4.0, "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Intervals of planted maps need no more."""
-    monkeypatch.setattr(fidelity, "_N_RESAMPLES", 100)
+@pytest.fixture(scope="module", autouse=True)
+def little_work():
+    """Intervals of planted maps need no more resamples, and to be another estimate than one point's takes two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "_N_RESAMPLES", 30)
+        patch.setattr(variants, "POINTS", (1, 2))
+        yield
 
 
 @pytest.mark.parametrize("task", TASKS, ids=maps.NETWORKS)
-@pytest.mark.parametrize("points", [0, 1, 3])
+@pytest.mark.parametrize("points", [0, 1, 2])
 def test_the_cost_that_is_announced_is_the_cost(small_pipe, task, points):
     """The hook counts ways forward; a way back through each row of the differentiated run counts twice."""
     variant = variants.Variant.of(task, points)
@@ -99,8 +102,8 @@ def test_traced_maps_of_fewer_runs_are_refused(small_pipe, traced, tmp_path, mon
     assert not list(tmp_path.iterdir()), "before any work"
 
 
-def test_a_traced_map_is_found_by_what_it_was_made_for(tmp_path):
-    pipe = mediation.load_pipeline()
+def test_a_traced_map_is_found_by_what_it_was_made_for(small_pipe, tmp_path):
+    pipe = small_pipe
     options = {"n_cases": 1, "draws": 1, "num_inference_steps": 5, "guidance_scale": 4.0}
     (task, _), _ = variants.make_tasks(pipe, ["style"], **options)
     assert variants.traced(pipe, task, None) is None

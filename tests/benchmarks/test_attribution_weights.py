@@ -22,7 +22,7 @@ PROMPT = "a ink cat"
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals of planted maps need no more."""
-    monkeypatch.setattr(whereabouts, "_N_RESAMPLES", 100)
+    monkeypatch.setattr(whereabouts, "_N_RESAMPLES", 30)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Which edits are judged, by which prompts, that they are judged once, and what tables make of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
@@ -279,6 +280,8 @@ def test_edits_that_do_nothing_anywhere_agree_with_no_map():
 
 
 def test_tables_figures_and_data_tell_the_same(pipe, tmp_path, monkeypatch):
+    few = functools.partial(editing.summarize_evaluation, n_resamples=50)
+    monkeypatch.setattr(editing, "summarize_evaluation", few)
     runner = types.SimpleNamespace(pipe=pipe, run=made_up, path=lambda unit: unit.name)
     recipes = {"fixed": Recipe(), "best": Recipe(sites=(FIRST,), regularization="auto")}
     best = units.reported_units("best", {"style": recipes}, 5)

@@ -73,7 +73,7 @@ def test_the_measured_part_costs_as_much_for_each_place_as_the_whole_exact_map(s
 
 
 def test_the_report_has_times_and_correlations(small_pipe):
-    found = attribution.component_attribution(small_pipe, CONCEPT, steps=2, repeats=1)
+    found = attribution.component_attribution(small_pipe, CONCEPT, steps=1, repeats=1)
     assert found["speedup"]["median"] == pytest.approx(
         found["seconds"]["released"]["median"] / found["seconds"]["one trajectory"]["median"]
     )

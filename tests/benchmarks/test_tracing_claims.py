@@ -21,6 +21,8 @@ from benchmarks.reproduce.tracing_claims import (
 )
 from tests.maps import make_map
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 SITES = [
     "unet.down.0.0.self_attention",  # layer 0 of its kind
     *(f"unet.{block}.0.{kind}" for block in ("down.0", "mid", "up.0") for kind in ("cross_attention", "resnet")),
