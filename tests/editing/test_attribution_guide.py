@@ -11,15 +11,18 @@ pytestmark = pytest.mark.no_cover  # what guides show has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
-    """As written, but that less is searched, checked and judged, and the last map is of one step."""
+    """As written, but that less is searched, checked and judged, and in fewer steps where none are asked about."""
     monkeypatch.chdir(tmp_path)
     few_trials(monkeypatch)
     smaller = {
+        'tokens="each", **sampling': 'tokens="each", **sampling | {"num_inference_steps": 1}',
         "verify=5": "verify=3",
         "share=0.5": "share=0.01",
-        "sites=chosen, **sampling": "sites=chosen, **sampling | {'num_inference_steps': 1}",
-        "edits, suite, **sampling": "edits, suite, **sampling | {'num_inference_steps': 1}",
+        "sites=chosen, **sampling": 'sites=chosen, **sampling | {"num_inference_steps": 1}',
+        "edits, suite, **sampling": 'edits, suite, **sampling | {"num_inference_steps": 1}',
     }
+    scored = ('pipe, "ink style"', "parameters=others", 'objective="amplify"', "images=[image]")
+    smaller |= {f"{last}, num_inference_steps=2": f"{last}, num_inference_steps=1" for last in scored}
     names = run_python(GUIDE, smaller)
     assert names["steps"].sizes["window"] == names["sampling"]["num_inference_steps"]
     assert names["steps"].attrs["estimate"] == "first_order"
