@@ -16,8 +16,8 @@ def test_the_python_runs(tmp_path, monkeypatch):
     few_trials(monkeypatch)
     smaller = {
         'tokens="each", **sampling': 'tokens="each", **sampling | {"num_inference_steps": 1}',
-        "verify=5": "verify=3",
-        "share=0.5": "share=0.01",
+        "verify=5, **options": 'verify=3, **options | {"num_inference_steps": 1}',
+        "share=0.5, **sampling": 'share=0.01, **sampling | {"num_inference_steps": 1}',
         "sites=chosen, **sampling": 'sites=chosen, **sampling | {"num_inference_steps": 1}',
         "edits, suite, **sampling": 'edits, suite, **sampling | {"num_inference_steps": 1}',
     }
