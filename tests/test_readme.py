@@ -11,7 +11,7 @@ pytestmark = pytest.mark.no_cover  # what the README shows has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
-    """As written, but that tracing takes one step in place of 25, and every fifth site."""
+    """As written, but that tracing takes one step in place of 25, and every fifth site, and drawing two steps."""
     monkeypatch.chdir(tmp_path)
     trace = mediation.trace
 
@@ -19,7 +19,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
         return trace(pipe, cases, sites=sites[::5], num_inference_steps=1, progress=False)
 
     monkeypatch.setattr(mediation, "trace", trace_little)
-    names = run_python("README.md")
+    names = run_python("README.md", {'style of ink").images': 'style of ink", num_inference_steps=2).images'})
     pipe, effects, edit = names["pipe"], names["effects"], names["edit"]
     assert effects.site.values.tolist() == [site.name for site in mediation.sites(pipe, network="unet")[::5]]
     assert effects.prompt.values.tolist() == names["prompts"]

@@ -1,9 +1,11 @@
 """The demonstration leaves behind what it says."""
 
+import functools
 import re
 
 import torch
 import xarray
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import editing
@@ -21,16 +23,21 @@ def test_help_teaches():
 
 
 def test_it_saves_figures_maps_and_an_edit_that_works(tmp_path, monkeypatch):
-    """One case, a fifth of the sites, two of the tokens and few steps: what is left behind is of the same kinds."""
+    """One case, few sites and tokens, half of the pictures, one step, and coarse figures: of the same kinds."""
     sites = mediation.sites
 
     def few_sites(pipe, **chosen):
-        return sites(pipe, **chosen)[::5]
+        return sites(pipe, **chosen)[::10]
 
     monkeypatch.setattr(mediation, "sites", few_sites)
     monkeypatch.setattr(demo, "_TOKENS", ("subject", "eos"))
     monkeypatch.setattr(demo, "_CASES", {attribute: cases[:1] for attribute, cases in demo._CASES.items()})
     monkeypatch.setattr(demo, "_IMAGE_STEPS", 1)
+    monkeypatch.setattr(demo, "_TARGETS", demo._TARGETS[::2])
+    monkeypatch.setattr(demo, "_BYSTANDERS", demo._BYSTANDERS[::2])
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: savefig(figure, path, dpi=dpi / 4))
+    monkeypatch.setattr(mediation, "load_pipeline", functools.cache(mediation.load_pipeline))
     used, sample = {}, demo._sample
 
     def spy(pipe, pictures, guidance_scale, title):
@@ -54,5 +61,5 @@ def test_it_saves_figures_maps_and_an_edit_that_works(tmp_path, monkeypatch):
         assert torch.equal(pipe.text_encoder.get_parameter(changed), used["after"][changed])
     assert name.endswith(changed)
     assert re.search(r"edit ink -> noto: \d+ ms", result.output)
-    assert re.search(r"targets +style is noto +\d+% +\d+% +n=6", result.output)
+    assert re.search(r"targets +style is noto +\d+% +\d+% +n=3", result.output)
     assert edit.metadata["pairs"] == {"ink": "noto"}

@@ -38,7 +38,18 @@ def made():
 
 def picture(pipe):
     generator = torch.Generator().manual_seed(0)
-    return pipe("a ink cat", num_inference_steps=3, generator=generator, output_type="pt").images
+    return pipe("a ink cat", num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+@pytest.fixture(scope="module")
+def pictures(made):
+    """Of the pipeline as it is, and of each edit."""
+    pipe = tiny.stable_diffusion()
+    found = {"plain": picture(pipe)}
+    for kind, edit in made.items():
+        with edit.applied(pipe):
+            found[kind] = picture(pipe)
+    return found
 
 
 def states(pipe):
@@ -59,12 +70,10 @@ def same(a, b, atol):
 @needs_peft
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["attention", "mlp", "unet", "all"])
-def test_the_real_loader_makes_the_edits_images(made, kind, format, tmp_path, fresh_pipe):
+def test_the_real_loader_makes_the_edits_images(made, pictures, kind, format, tmp_path, fresh_pipe):
     """To 1e-4 of the range of pixels: an adapter adds W x and up down x, an edit multiplies by their rounded sum."""
     edit = made[kind]
-    plain = picture(fresh_pipe)
-    with edit.applied(fresh_pipe):
-        expected = picture(fresh_pipe)
+    plain, expected = pictures["plain"], pictures[kind]
     assert (expected - plain).abs().max() > 1e-3, "there was something to see"
     edit.export_lora(tmp_path / "edit.safetensors", format=format)
     fresh_pipe.load_lora_weights(tmp_path, weight_name="edit.safetensors")
@@ -75,14 +84,14 @@ def test_the_real_loader_makes_the_edits_images(made, kind, format, tmp_path, fr
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["attention", "mlp", "unet", "all"])
-def test_what_is_imported_is_what_was_exported(made, kind, format, tmp_path, fresh_pipe):
+def test_what_is_imported_is_what_was_exported(made, kind, format, tmp_path, tiny_pipe):
     edit = made[kind]
     edit.export_lora(tmp_path / "edit.safetensors", format=format)
-    back = editing.import_lora(tmp_path / "edit.safetensors", fresh_pipe)
+    back = editing.import_lora(tmp_path / "edit.safetensors", tiny_pipe)
     same(edit, back, atol=0)
     assert back.metadata["base"] == edit.metadata["base"]
     assert back.metadata["of"][0]["method"] == edit.metadata["method"]
-    with back.applied(fresh_pipe):
+    with back.applied(tiny_pipe):
         pass
 
 

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from tests.guides import run_commands, run_python
+from tests.guides import few_trials, run_commands, run_python
 
 GUIDE = "docs/editing.md"
 pytestmark = pytest.mark.no_cover  # what guides show has tests of its own
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
+    """As written, but that pictures take one step, and a prompt of each role is judged."""
     monkeypatch.chdir(tmp_path)
-    names = run_python(GUIDE)
+    few_trials(monkeypatch)
+    steps = {f"num_inference_steps={n}": "num_inference_steps=1" for n in (8, 4)}
+    names = run_python(GUIDE, steps)
     edit, back = names["edit"], names["same"]
     assert all(torch.equal(update.dense(), back.updates[name].dense()) for name, update in edit.updates.items())
     for name in edit.updates:
@@ -25,7 +28,8 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 def test_the_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = run_commands(GUIDE)
+    few_trials(monkeypatch)
+    commands = run_commands(GUIDE, {"--steps 2": "--steps 1"})
     assert {command[1] for command in commands} >= {"quickfix", "show", "evaluate", "export", "apply"}
     assert (tmp_path / "report" / "sheet.png").exists()
     assert (tmp_path / "edited-by-command" / "model_index.json").exists()

@@ -74,6 +74,16 @@ def picture(pipe):
     return pipe("a ink cat", num_inference_steps=2, generator=generator, output_type="pt").images
 
 
+@pytest.fixture(scope="module")
+def pictures(pipe, made):
+    """Of the pipeline as it is, and of each edit."""
+    found = {"plain": picture(pipe)}
+    for kind, edit in made.items():
+        with edit.applied(pipe):
+            found[kind] = picture(pipe)
+    return found
+
+
 def test_both_encoders_are_edited_each_by_the_papers_formula(pipe):
     edit = editing.quickfix(pipe, {"ink": "noto"}, templates=TEMPLATES, regularization=0.3)
     assert [name.partition(".")[0] for name in edit.updates] == ["text_encoder", "text_encoder_2"]
@@ -124,12 +134,10 @@ def test_edits_come_off_bit_by_bit(made, dtype):
     assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
 
 
-def test_a_saved_edit_is_the_same_edit(made, pipe, tmp_path):
+def test_a_saved_edit_is_the_same_edit(made, pictures, pipe, tmp_path):
     made["all"].save(tmp_path / "all.safetensors")
     loaded = editing.load(tmp_path / "all.safetensors")
-    plain = picture(pipe)
-    with made["all"].applied(pipe):
-        expected = picture(pipe)
+    plain, expected = pictures["plain"], pictures["all"]
     with loaded.applied(pipe):
         assert torch.equal(picture(pipe), expected)
     assert (expected - plain).abs().max() > 1e-3, "there was something to see"
@@ -139,12 +147,10 @@ def test_a_saved_edit_is_the_same_edit(made, pipe, tmp_path):
 @needs_peft
 @pytest.mark.parametrize("format", lora.FORMATS)
 @pytest.mark.parametrize("kind", ["both", "second", "mlp", "unet", "all"])
-def test_the_real_loader_makes_the_edits_images(made, kind, format, tmp_path):
+def test_the_real_loader_makes_the_edits_images(made, pictures, kind, format, tmp_path):
     """To 1e-4 of the range of pixels: an adapter adds W x and up down x, an edit multiplies by their rounded sum."""
     edit, pipe = made[kind], tiny.stable_diffusion_xl()
-    plain = picture(pipe)
-    with edit.applied(pipe):
-        expected = picture(pipe)
+    plain, expected = pictures["plain"], pictures[kind]
     assert (expected - plain).abs().max() > 1e-3, "there was something to see"
     edit.export_lora(tmp_path / "edit.safetensors", format=format)
     pipe.load_lora_weights(tmp_path, weight_name="edit.safetensors")

@@ -19,7 +19,8 @@ def test_the_python_runs(tmp_path, monkeypatch):
     trace = mediation.trace
 
     def trace_little(pipe, cases, **options):
-        options |= {"sites": mediation.sites(pipe, name="unet.mid.*"), "num_inference_steps": 1, "progress": False}
+        sites = mediation.sites(pipe, name="unet.mid.0.resnet" if "images" in options else "unet.mid.*")
+        options |= {"sites": sites, "num_inference_steps": 1, "progress": False}
         return trace(pipe, cases, **options)
 
     monkeypatch.setattr(mediation, "trace", trace_little)
@@ -37,7 +38,9 @@ def test_the_commands_run(tmp_path, monkeypatch):
         "prompt,subject,attribute\na cat in ink style,ink,style\nan ink dog,ink,style\n"
     )
     (tmp_path / "prompts.txt").write_text("a cat in ink style\nan ink dog\n")
-    commands = run_commands(GUIDE)
+    texts = ('ink --sites "unet.mid.*"', 'cat --sites "unet.mid.*"', "last_subject,eos")
+    less = {f"{text} --steps 2": f"{text} --steps 1" for text in texts}
+    commands = run_commands(GUIDE, less)
     assert {command[1] for command in commands} == {"sites", "trace", "plot", "compare"}
     maps = {name: open_map(f"{name}.nc") for name in ("ink", "cat", "text", "windows", "blocks", "layers")}
     assert all(numpy.isfinite(effects.restored).all() for effects in maps.values())

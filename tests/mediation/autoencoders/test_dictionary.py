@@ -146,6 +146,8 @@ def test_names_are_judged_on_random_latents_too():
     active, odd = {0, 10, 30, 40, 60, 70, 80}, dictionary.isel(fold=1)
     met = {latent: set() for latent in active}
     xarray.testing.assert_identical(*(score_latents(dictionary, seed=3) for _ in range(2)))
+    shares = odd.overlap / odd.active
+    entropies = (-(shares * numpy.log(shares)).sum("label") / numpy.log(3)).to_series()
     counts = {name: odd[name].to_series().to_dict() for name in ("overlap", "active", "area")}
     for seed in range(40):
         scores = score_latents(dictionary, seed=seed).to_dataframe()
@@ -163,9 +165,7 @@ def test_names_are_judged_on_random_latents_too():
             assert one.random_iou == pytest.approx(overlap / (n_active + area - overlap))
             assert one.random_precision == pytest.approx(overlap / n_active)
             assert one.random_recall == pytest.approx(overlap / area)
-            shares = odd.overlap.sel(latent=other).values / n_active
-            entropy = -(shares * numpy.log(shares)).sum() / numpy.log(3)
-            assert one.random_monosemanticity == pytest.approx(1 - entropy)
+            assert one.random_monosemanticity == pytest.approx(1 - entropies[other])
     assert met == {latent: active - {latent} for latent in active}, "any other, never itself"
 
 
