@@ -100,7 +100,7 @@ def draw(found: Mapping) -> matplotlib.figure.Figure:
     ):
         ax.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=6)
+        ax.legend(frameon=False, fontsize=6, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
