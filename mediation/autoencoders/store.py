@@ -127,11 +127,13 @@ def origin_of(array) -> dict:
     if not (hasattr(array, "store") and hasattr(array, "path")):  # no Zarr
         return {}
     folder, _, name = array.path.rpartition("/")
+    if not name.isdecimal():
+        return {}
     try:
         settings = dict(_zarr().open_group(array.store, path=folder, mode="r").attrs.get("settings", {}))
     except (FileNotFoundError, ValueError):  # an array in no group
         return {}
-    if not (name.isdecimal() and int(name) < len(settings.get("places", ()))):
+    if int(name) >= len(settings.get("places", ())):
         return {}
     return {"place": settings.pop("places")[int(name)]} | settings
 
@@ -152,10 +154,11 @@ def _is_foreign(zarr, path: pathlib.Path) -> bool:
     if not path.is_dir() or not any(path.iterdir()):
         return path.exists() and not path.is_dir()
     try:
-        group = zarr.open_group(path, mode="r")
-    except (FileNotFoundError, ValueError):  # no Zarr at all, or an array
+        found = zarr.open(path, mode="r")
+    except (FileNotFoundError, ValueError):  # no Zarr at all
         return True
-    return "settings" not in group.attrs and len(group.attrs) + len(group) > 0
+    is_group = isinstance(found, zarr.Group)
+    return not is_group or ("settings" not in found.attrs and len(found.attrs) + len(found) > 0)
 
 
 def _zarr():
