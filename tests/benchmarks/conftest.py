@@ -40,13 +40,3 @@ def few_resamples():
         simultaneous._draws.cache_clear()
         yield
     simultaneous._draws.cache_clear()
-
-
-@pytest.fixture
-def plain_claims(monkeypatch):
-    """Claims have empty figures: that those of claims can be drawn is told by the tests of tracing."""
-    import matplotlib.pyplot
-
-    from benchmarks.reproduce import report
-
-    monkeypatch.setattr(report, "draw", lambda claim: matplotlib.pyplot.figure())

@@ -41,7 +41,7 @@ def maps_of_one_case():
     return Maps(fidelities, *fidelity.failures(variants.SITES, "style", exact["style"], estimates["style"])), compared
 
 
-def test_pages_figures_and_data_tell_the_same(maps_of_one_case, plain_claims, tmp_path, monkeypatch):
+def test_pages_figures_and_data_tell_the_same(maps_of_one_case, tmp_path, monkeypatch):
     for module in (correlations, selectivity, whereabouts):
         monkeypatch.setattr(module, "_N_RESAMPLES", 50)  # which is no matter here
     maps, compared = maps_of_one_case

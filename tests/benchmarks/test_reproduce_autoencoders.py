@@ -19,7 +19,7 @@ from benchmarks.reproduce.simultaneous import ratio_intervals
 from mediation import SparseAutoencoder
 from mediation.autoencoders.concepts import _example
 
-pytestmark = pytest.mark.usefixtures("few_resamples", "plain_claims")
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 def records(success):

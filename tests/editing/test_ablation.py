@@ -305,8 +305,8 @@ def test_erasing_lowers_the_objective_and_amplifying_raises_it():
         assert before == pytest.approx(found.metadata["value"], rel=1e-5)
         after = {}
         for name, scores in (("cad", found), ("random", control(found, "random"))):
-            with ablate(scores, ratio=0.001, per="model").applied(pipe):
+            with ablate(scores, ratio=3e-4, per="model").applied(pipe):  # few, since scores are of the first order
                 after[name] = j.value(pipe)
         change = {name: value - before for name, value in after.items()}
         wanted = -1 if objective == "erase" else 1
-        assert wanted * change["cad"] > 3 * max(0, wanted * change["random"])
+        assert wanted * change["cad"] > 3 * abs(change["random"])
