@@ -37,7 +37,7 @@ def attribute(
 ) -> Attribution:
     """Scores single weights by what they contribute to drawing a concept; the pipeline is only read.
 
-    The score of a weight is w_i · dJ/dw_i, the change of J if it were 0, to first order. With e the denoiser's
+    The score of a weight is w_i · dJ/dw_i: to first order, by how much J would fall if it were 0. With e the denoiser's
     prediction (of the noise, or of whatever it was trained on), c the concept and E the mean over x_t and t,
 
         erase:    J =  E ||e(x_t, base, t) − e(x_t, c, t)||²    with the first term held fixed
