@@ -21,6 +21,9 @@ questions, J being one batch of five latents), ablations 24,000 and places 1,300
 evaluates 45 per second, and some more since estimates run in small batches, for decoding and for judging. With 4 steps,
 it is 69,000 in all. For all attributes, which with 4 steps is another 4,300 for each that is not there yet:
 --attributes object style color count viewpoint pose fact
+
+Four cases of each attribute leave intervals wide: --cases-per-attribute 24, as many as tracing takes, is six times the
+cost of the maps.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def _maps(found: Maps) -> list[str]:
         f"Spearman's ρ over all places, and recall of the {K} largest exact effects. The goal is {GOAL}, and",
         f"{GOAL_SCREENED} once the best {SCREENED:.0%} of places are restored exactly. Effects are means over cases,",
         "the same cases and noises in both maps; an estimate for all of sampling is the sum over its steps. Brackets:",
-        "95% percentile intervals over cases, which lie low. Attributes meet a goal by their estimates.",
+        "95% percentile intervals over cases, which are not centred. Attributes meet a goal by their estimates.",
         "",
     ]
     header = ["places", "metric", "variant", "statistic", "goal", "median", "lowest", "attributes that meet it"]
