@@ -1,7 +1,11 @@
+import collections
+
+import numpy
 import pytest
 import torch
 
-from benchmarks.emoji.train_unet import SMALLEST_VARIANCE, Whitening, build, optimizers
+from benchmarks.emoji import world
+from benchmarks.emoji.train_unet import LEARNED_EARLY, SMALLEST_VARIANCE, Whitening, build, optimizers, sample
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,14 @@ def test_every_weight_is_optimised_once():
         optimizer.step()
     still = [name for name, weight in unet.named_parameters() if torch.equal(weight, before[name])]
     assert not still
+
+
+def test_captions_that_are_learned_late_are_drawn_more_often_and_show_what_they_showed():
+    rng = numpy.random.default_rng(0)
+    drawn, in_world = [sample(rng) for _ in range(3000)], [world.sample(rng) for _ in range(3000)]
+    stated = collections.Counter(caption.scene.style for caption in drawn if "style" in caption.said)
+    assert stated["ink"] / stated["noto"] == pytest.approx(LEARNED_EARLY, abs=0.1)
+    unstated = collections.Counter(caption.scene.style for caption in drawn if "style" not in caption.said)
+    assert unstated["ink"] / unstated["noto"] == pytest.approx(1, abs=0.4)
+    turned, turned_in_world = (sum("pose" in one.said for one in captions) for captions in (drawn, in_world))
+    assert turned > 1.2 * turned_in_world
