@@ -61,7 +61,8 @@ def scheduler() -> diffusers.DDIMScheduler:
 def sample(rng: numpy.random.Generator) -> world.Caption:
     """A caption of the world's training split, where those that are learned late are more frequent.
 
-    What is drawn for a caption stays as likely as in the world: only captions are drawn more or less often.
+    Ink was drawn right in every picture while other styles were right in half of them, and objects upside down in a
+    third. Only captions are drawn more or less often: what a caption shows stays as likely as in the world.
     """
     while True:
         caption = world.sample(rng)

@@ -239,9 +239,7 @@ def _paste(canvas: torch.Tensor, scenes: list[Scene], placements: list, sprites:
     canvas.mul_(transparency.clamp_(0, 1)).add_(colour).clamp_(0, 1)
 
 
-def batch(
-    rng: numpy.random.Generator, n: int, split: str = "train", jitter: float = 1.0
-) -> tuple[torch.Tensor, list[Caption]]:
+def batch(rng: numpy.random.Generator, n: int, split: str = "train") -> tuple[torch.Tensor, list[Caption]]:
     """`n` rendered scenes and their captions."""
     captions = [sample(rng, split) for _ in range(n)]
-    return render([caption.scene for caption in captions], rng, jitter), captions
+    return render([caption.scene for caption in captions], rng), captions

@@ -59,6 +59,7 @@ def test_every_weight_is_optimised_once():
 
 
 def test_captions_that_are_learned_late_are_drawn_more_often_and_show_what_they_showed():
+    # tolerances are some 3 standard deviations of what is counted, and far less than a wrong share would make
     rng = numpy.random.default_rng(0)
     drawn, in_world = [sample(rng) for _ in range(3000)], [world.sample(rng) for _ in range(3000)]
     stated = collections.Counter(caption.scene.style for caption in drawn if "style" in caption.said)
