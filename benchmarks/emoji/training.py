@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -39,6 +40,17 @@ def warmup_cosine(step: int, n_steps: int, n_warmup: int = 100) -> float:
         return (step + 1) / n_warmup
     progress = min(1.0, (step - n_warmup) / max(1, n_steps - n_warmup))
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def descend(loss: torch.Tensor, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Steps `optimizers` at the learning rate `lr` along the gradient of `loss` in `model`, clipped to norm 1."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
 
 
 class Run:
