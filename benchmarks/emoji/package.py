@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from benchmarks.emoji import train_unet
+from benchmarks.emoji import latents
 from mediation.bundled import AttributeProbe
 
 BUNDLE = pathlib.Path(__file__).parents[2] / "mediation" / "bundled" / "emoji"
@@ -24,11 +24,11 @@ def package(run: pathlib.Path, bundle: pathlib.Path = BUNDLE) -> None:
     tokenizer = transformers.CLIPTokenizer.from_pretrained(run / "tokenizer")
     clip = transformers.CLIPModel.from_pretrained(run / "clip")
     pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL.from_pretrained(run / "vae"),
-        text_encoder=train_unet.text_encoder(clip),
+        vae=diffusers.AutoencoderKL.from_pretrained(run / "vae_refined"),
+        text_encoder=latents.text_encoder(clip),
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel.from_pretrained(run / "unet"),
-        scheduler=train_unet.scheduler(),
+        scheduler=latents.scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -5,31 +5,30 @@ exponential moving average; Muon for the matrices, AdamW for the rest. A sixteen
 encoded anew, the rest is drawn from a buffer of earlier latents. The denoiser learns from whitened text states; what is
 saved reads the text encoder's own.
 
+With `--critic 0.1`, a critic should also read in predicted latents what the captions say. What tells styles apart is a
+small part of the squared error, and learned late. (A classifier's loss on predictions is known as reward feedback: Xu
+et al., ImageReward, arXiv:2304.05977; here predictions are made of real latents, not of samples.)
+
 Run: python -m benchmarks.emoji.train_unet --output runs/emoji
 To go on from the bundled weights: add --initialize mediation/bundled/emoji/pipeline/unet
 """
 
-import copy
-import pathlib
-
 import diffusers
 import numpy
 import torch
-import transformers
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 
 from benchmarks.emoji import training, world
+from benchmarks.emoji.latents import Latents, noised, scheduler
 from benchmarks.emoji.muon import Muon
-from benchmarks.emoji.tokenizer import encode
+from benchmarks.emoji.train_critic import Critic
 
+HIGHEST_READ = 800  # the timestep up to which predicted latents show what the critic may read
+HIGHEST_NOISE = 400  # and up to which they get new noise before
 MAX_WEIGHT = 5.0
 MIN_SNR = 0.03
-EMPTY_CAPTIONS = 0.1
-LEARNED_EARLY = 0.35  # of captions that ask for ink, or for no style, this share is kept
-UPRIGHT = 0.7  # and of those that ask for no pose, this
 TIMESTEP_POWER = 0.8  # below 1: more of the high noise, where the text alone tells what to draw
-JITTER = 0.3  # of the artwork's place and size, as a part of what the other models see: fewer pictures to learn
-SMALLEST_VARIANCE = 2e-4  # added to the variance of each principal component, as a part of their sum, before whitening
 
 
 def build() -> diffusers.UNet2DConditionModel:
@@ -46,147 +45,40 @@ def build() -> diffusers.UNet2DConditionModel:
     )
 
 
-def scheduler() -> diffusers.DDIMScheduler:
-    """The noise schedule of SD 1.x."""
-    return diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def sample(rng: numpy.random.Generator) -> world.Caption:
-    """A caption of the world's training split, where those that are learned late are more frequent.
-
-    Ink was drawn right in every picture while other styles were right in half of them, and objects upside down in a
-    third. Only captions are drawn more or less often: what a caption shows stays as likely as in the world.
-    """
-    while True:
-        caption = world.sample(rng)
-        is_late = "style" in caption.said and caption.scene.style != "ink"
-        share = (1.0 if is_late else LEARNED_EARLY) * (1.0 if "pose" in caption.said else UPRIGHT)
-        if rng.random() < share:
-            return caption
-
-
-class Latents:
-    """Latents and text states of rendered scenes: a ring that is refilled as it is drawn from."""
-
-    def __init__(self, folder: pathlib.Path, size: int = 30_000):
-        self.size = size
-        self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
-        clip = transformers.CLIPModel.from_pretrained(folder / "clip", attn_implementation="eager")
-        self.text_encoder = text_encoder(clip.float()).eval().requires_grad_(False)
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        fixed = numpy.random.default_rng(0)
-        self.whitening = Whitening(self.states([world.sample(fixed).text for _ in range(2000)]).flatten(0, 1))
-        self.empty = self.whitening(self.states([""]))
-        self.latents = torch.empty(size, 4, 16, 16)
-        self.text = torch.empty(size, *self.empty.shape[1:], dtype=torch.bfloat16)
-        self.filled = self.position = 0
-
-    @torch.no_grad()
-    def states(self, prompts: list[str]) -> torch.Tensor:
-        """What the denoiser reads of `prompts`: (prompt, 32, 192)."""
-        ids, _ = encode(self.tokenizer, prompts)
-        return self.text_encoder(ids).last_hidden_state
-
-    @torch.no_grad()
-    def refill(self, rng: numpy.random.Generator, n: int) -> None:
-        """Renders and encodes `n` new scenes over the oldest ones."""
-        captions = [sample(rng) for _ in range(n)]
-        images = world.render([caption.scene for caption in captions], rng, JITTER)
-        with training.fast_arithmetic():
-            latents = self.vae.encode(images).latent_dist.sample().float() * self.vae.config.scaling_factor
-            text = self.states([caption.text for caption in captions]).float()
-        where = (torch.arange(n) + self.position) % self.size
-        self.latents[where], self.text[where] = latents, self.whitening(text).bfloat16()
-        self.position = (self.position + n) % self.size
-        self.filled = min(self.size, self.filled + n)
-
-    def draw(self, rng: numpy.random.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`n` latents and their whitened text states, a tenth of these replaced by the empty prompt's."""
-        where = torch.from_numpy(rng.integers(0, self.filled, n))
-        text = self.text[where].float()
-        text[torch.from_numpy(rng.random(n) < EMPTY_CAPTIONS)] = self.empty
-        return self.latents[where], text
-
-
-class Whitening:
-    """The affine map x -> (x - mean) @ root that gives text states zero mean, and most directions unit variance.
-
-    A few directions hold most of the states' variance, those that tell objects apart hold little of it, and gradient
-    descent learns the latter late. Cross-attention is linear in the states, so that it can be trained on whitened ones
-    and then hold the map in its own weights: the mean moves all keys alike, which the softmax ignores, and all values
-    alike, which the bias of the output projection takes up.
-    """
-
-    def __init__(self, states: torch.Tensor):
-        self.mean = states.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov(states.T).double())
-        spread = (values + SMALLEST_VARIANCE * values.sum()).sqrt()
-        self.root = (vectors / spread @ vectors.T).float()
-        self.inverse = (vectors * spread @ vectors.T).float()
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Whitens states of shape (…, width)."""
-        return (states - self.mean) @ self.root
-
-    @torch.no_grad()
-    def fold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
-        """A copy of `unet`, which reads whitened states, that reads plain ones and predicts the same."""
-        unet = copy.deepcopy(unet)
-        for attention in _cross_attention(unet):
-            for projection in (attention.to_k, attention.to_v):
-                projection.weight.copy_(projection.weight @ self.root)
-            attention.to_out[0].bias.sub_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
-        return unet
-
-    @torch.no_grad()
-    def unfold(self, unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
-        """A copy of `unet`, which reads plain states, that reads whitened ones and predicts the same."""
-        unet = copy.deepcopy(unet)
-        for attention in _cross_attention(unet):
-            attention.to_out[0].bias.add_(attention.to_out[0].weight @ (attention.to_v.weight @ self.mean))
-            for projection in (attention.to_k, attention.to_v):
-                projection.weight.copy_(projection.weight @ self.inverse)
-        return unet
-
-
-def _cross_attention(unet) -> list:
-    return [module for name, module in unet.named_modules() if name.endswith("attn2")]
-
-
-def text_encoder(clip: transformers.CLIPModel) -> transformers.CLIPTextModel:
-    """The text tower of `clip` as the pipeline's text encoder, sharing its weights' values."""
-    model = transformers.CLIPTextModel(clip.config.text_config)
-    state = clip.text_model.state_dict()
-    wanted = model.state_dict()
-    prefix = "text_model." if any(key.startswith("text_model.") for key in wanted) else ""
-    model.load_state_dict({prefix + key: value for key, value in state.items() if prefix + key in wanted})
-    return model
-
-
-def weighted_loss(unet, alphas_cumprod: torch.Tensor, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Weighted mean squared error of the predicted noise at stratified random timesteps.
+def denoise(
+    unet, alphas: torch.Tensor, latents: torch.Tensor, text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predicts the noise that is added at stratified random timesteps, (latent,).
 
     In terms of the picture's error, noise/signal times the noise's, the weight is that of v-prediction, SNR + 1, at
     most 5. An unweighted error of the noise hardly counts what is wrong at high noise, where only the text tells what
     to draw.
+
+    Returns:
+        the weighted mean squared error, the latents without the predicted noise, and the timesteps.
     """
     n = len(latents)
     strata = (torch.randperm(n) + torch.rand(n)) / n
-    timesteps = (strata**TIMESTEP_POWER * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
-    alpha = alphas_cumprod[timesteps][:, None, None, None]
-    noise = torch.randn_like(latents)
+    timesteps = (strata**TIMESTEP_POWER * len(alphas)).long().clamp(max=len(alphas) - 1)
+    noisy, noise = noised(latents, alphas[timesteps])
     with training.fast_arithmetic():
-        predicted = unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, text).sample
-    snr = (alpha / (1 - alpha)).flatten()
+        predicted = unet(noisy, timesteps, text).sample.float()
+    snr = alphas[timesteps] / (1 - alphas[timesteps])
     weight = (snr + 1).clamp(max=MAX_WEIGHT) / snr.clamp(min=MIN_SNR)
-    return (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+    loss = (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
+    alpha = alphas[timesteps][:, None, None, None]
+    return loss, (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt(), timesteps
+
+
+def misread(critic: Critic, alphas: torch.Tensor, latents: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, summed over factors and latents, of what `critic` reads in `latents` and what captions said.
+
+    Latents get new noise before they are read, so that no small change of them makes the critic read what it should.
+    """
+    timesteps = torch.randint(0, HIGHEST_NOISE, (len(latents),))
+    logits = critic(noised(latents, alphas[timesteps])[0], timesteps)
+    said = dict(zip(world.FACTORS, said.T, strict=True))
+    return sum(F.cross_entropy(logits[factor], said[factor], reduction="sum") for factor in logits)
 
 
 def optimizers(unet: torch.nn.Module, lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -213,7 +105,7 @@ def warm_average(decay: float):
 def main() -> None:
     """Trains, and writes the averaged weights as `unet/` at every checkpoint."""
     options = training.arguments(
-        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, initialize=""
+        __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, critic=0.0, initialize=""
     )
     data = Latents(options.output)
     unet = build()
@@ -231,25 +123,28 @@ def main() -> None:
     if training.BFLOAT16_IS_FAST:  # in float32 it gains nothing
         unet.compile()  # takes minutes before the first step
     alphas = scheduler().alphas_cumprod
+    if options.critic:
+        critic = Critic.from_pretrained(options.output / "critic").eval().requires_grad_(False)
     pending, losses = 0.0, []
     while run.step < options.steps:
-        for group in (group for optimizer in both.values() for group in optimizer.param_groups):
-            group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         pending += options.fresh * options.batch_size
         if pending >= 256:
             data.refill(rng, 256)
             pending -= 256
-        loss = weighted_loss(unet, alphas, *data.draw(rng, options.batch_size))
-        unet.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        for optimizer in both.values():
-            optimizer.step()
+        latents, text, said = data.draw(rng, options.batch_size)
+        loss, clean, timesteps = denoise(unet, alphas, latents, text)
+        losses.append([loss.item()])
+        if options.critic:
+            readable = timesteps < HIGHEST_READ
+            error = misread(critic, alphas, clean[readable], said[readable]) / options.batch_size
+            losses[-1].append(error.item())
+            loss = loss + options.critic * error
+        training.descend(loss, unet, both.values(), options.lr * training.warmup_cosine(run.step, options.steps))
         average.update_parameters(unet)
         run.step += 1
-        losses.append(loss.item())
         if run.step % 50 == 0:
-            run.log(loss=numpy.mean(losses), images_per_second=run.step * options.batch_size / run.elapsed())
+            means = dict(zip(("loss", "misread"), numpy.mean(losses, 0), strict=False))
+            run.log(**means, images_per_second=run.step * options.batch_size / run.elapsed())
             losses = []
         if run.due() or run.step == options.steps:
             run.save()

@@ -198,12 +198,18 @@ def _sprites() -> dict[int, torch.Tensor]:
     return {96: tiles, 48: half}
 
 
-def render(scenes: list[Scene], rng: numpy.random.Generator, jitter: float = 1.0) -> torch.Tensor:
+def render(scenes: list[Scene], rng: numpy.random.Generator, jitter: float = 1.0, mixed: float = 0.0) -> torch.Tensor:
     """Draws `scenes`: float32 images in [-1, 1] of shape (scene, 3, 64, 64).
 
-    Position and size vary, by 2 pixels (6 if distant) and 5% at most, times `jitter`.
+    Position and size vary, by 2 pixels (6 if distant) and 5% at most, times `jitter`. A share `mixed` of the
+    backgrounds is mixed with another of the nine each, and so says nothing of the rest of the scene.
     """
     backgrounds = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32) / 255
+    if mixed:
+        palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
+        others = palette[torch.from_numpy(rng.integers(0, len(palette), len(scenes)))]
+        parts = torch.from_numpy(rng.random(len(scenes)) * (rng.random(len(scenes)) < mixed)).float()
+        backgrounds = torch.lerp(backgrounds, others, parts[:, None])
     canvas = backgrounds[:, :, None, None].expand(-1, -1, SIZE, SIZE).clone()
     placements = []
     for row, scene in enumerate(scenes):

@@ -1,11 +1,23 @@
 import collections
+import types
 
 import numpy
 import pytest
 import torch
 
 from benchmarks.emoji import world
-from benchmarks.emoji.train_unet import LEARNED_EARLY, SMALLEST_VARIANCE, Whitening, build, optimizers, sample
+from benchmarks.emoji.latents import (
+    LEARNED_EARLY,
+    SMALLEST_VARIANCE,
+    UNSAID,
+    Whitening,
+    noised,
+    sample,
+    scheduler,
+    tells,
+)
+from benchmarks.emoji.train_critic import Critic
+from benchmarks.emoji.train_unet import HIGHEST_NOISE, TIMESTEP_POWER, build, denoise, misread, optimizers
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +80,86 @@ def test_captions_that_are_learned_late_are_drawn_more_often_and_show_what_they_
     assert unstated["ink"] / unstated["noto"] == pytest.approx(1, abs=0.4)
     turned, turned_in_world = (sum("pose" in one.said for one in captions) for captions in (drawn, in_world))
     assert turned > 1.2 * turned_in_world
+
+
+def test_captions_tell_what_they_name_and_what_has_a_default():
+    rng = numpy.random.default_rng(0)
+    for caption in (world.sample(rng) for _ in range(200)):
+        told = {factor for factor in world.FACTORS if tells(caption, factor)}
+        assert {"background", "count", "viewpoint", "pose"} <= told
+        assert ("object" in told) == ("thing" not in caption.text)
+        assert ("style" in told) == (caption.scene.style in caption.text.replace(",", "").split())
+
+
+def test_noise_leaves_the_share_of_variance_that_is_asked_for():
+    torch.manual_seed(0)
+    latents, alphas = torch.full((3, 4, 64, 64), 2.0), torch.tensor([1.0, 0.5, 0.0])
+    noisy, noise = noised(latents, alphas)
+    torch.testing.assert_close(noisy.mean((1, 2, 3)), 2 * alphas.sqrt(), atol=0.04, rtol=0)
+    torch.testing.assert_close(noisy.var((1, 2, 3)), 1 - alphas, atol=0.05, rtol=0)
+    assert torch.equal(noisy[2], noise[2])
+
+
+ALPHAS = scheduler().alphas_cumprod
+
+
+def test_a_denoiser_that_knows_the_latents_predicts_them_and_has_no_loss():
+    torch.manual_seed(0)
+    latents, text = torch.randn(8, 4, 16, 16), torch.randn(8, 32, 192)
+    seen = {}
+
+    def knowing(noisy, timesteps, states):
+        alpha = ALPHAS[timesteps][:, None, None, None]
+        seen.update(timesteps=timesteps, states=states)
+        return types.SimpleNamespace(sample=(noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt())
+
+    loss, clean, timesteps = denoise(knowing, ALPHAS, latents, text)
+    assert loss < 1e-8
+    torch.testing.assert_close(clean, latents, atol=1e-3, rtol=0)
+    assert torch.equal(timesteps, seen["timesteps"])
+    assert seen["states"] is text
+    # one timestep of every stratum
+    assert ((timesteps / 1000) ** (1 / TIMESTEP_POWER) * 8 + 1e-2).long().sort().values.tolist() == list(range(8))
+
+
+def test_the_loss_weighs_noise_as_the_picture_it_makes():
+    latents, text = torch.zeros(512, 4, 2, 2), torch.zeros(512, 1, 1)
+
+    def wrong(noisy, timesteps, states):
+        noise = noisy / (1 - ALPHAS[timesteps]).sqrt()[:, None, None, None]
+        return types.SimpleNamespace(sample=noise + 1)
+
+    torch.manual_seed(0)
+    loss, _, timesteps = denoise(wrong, ALPHAS, latents, text)
+    snr = (ALPHAS / (1 - ALPHAS))[timesteps]
+    expected = torch.minimum(snr + 1, torch.tensor(5.0)) / torch.maximum(snr, torch.tensor(0.03))
+    torch.testing.assert_close(loss, expected.mean())
+
+
+def test_the_critic_teaches_what_is_said_and_nothing_else():
+    torch.manual_seed(0)
+    critic = Critic((8, 8, 8)).eval()
+    latents = torch.randn(6, 4, 16, 16, requires_grad=True)
+    said = torch.full((6, len(world.FACTORS)), UNSAID)
+    assert misread(critic, ALPHAS, latents, said) == 0
+    said[2, list(world.FACTORS).index("style")] = 3
+    said[:, list(world.FACTORS).index("background")] = 1  # which it does not read
+    misread(critic, ALPHAS, latents, said).backward()
+    assert [bool(gradient.any()) for gradient in latents.grad] == [False, False, True, False, False, False]
+
+
+def test_the_critic_reads_latents_under_new_noise():
+    read = {}
+
+    def critic(latents, timesteps):
+        read.update(latents=latents, timesteps=timesteps)
+        return {"style": torch.zeros(len(latents), 5)}
+
+    torch.manual_seed(0)
+    said = torch.zeros(256, len(world.FACTORS), dtype=torch.long)
+    loss = misread(critic, ALPHAS, torch.ones(256, 4, 16, 16), said)
+    torch.testing.assert_close(loss, 256 * torch.tensor(5.0).log())
+    assert read["timesteps"].max() < HIGHEST_NOISE
+    alpha = ALPHAS[read["timesteps"]]
+    torch.testing.assert_close(read["latents"].mean((1, 2, 3)), alpha.sqrt(), atol=0.15, rtol=0)
+    torch.testing.assert_close(read["latents"].var((1, 2, 3)), 1 - alpha, atol=0.15, rtol=0)

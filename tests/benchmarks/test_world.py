@@ -62,6 +62,21 @@ def test_corners_show_the_background(background):
         torch.testing.assert_close((corner + 1) * 127.5, torch.tensor(world.BACKGROUNDS[background]).float())
 
 
+def test_a_share_of_the_backgrounds_is_mixed_with_another():
+    blue = torch.tensor(world.BACKGROUNDS["blue"]).float()
+    scenes = [Scene("cat", "noto", "blue", viewpoint="distant")] * 400
+    corners = (world.render(scenes, numpy.random.default_rng(0), mixed=0.5)[:, :, 0, 0] + 1) * 127.5
+    moved = (corners - blue).norm(dim=1)
+    # half of them, but for those that were mixed with blue itself
+    assert (moved > 0.1).float().mean() == pytest.approx(0.5 * 8 / 9, abs=0.08)
+    others = torch.tensor(list(world.BACKGROUNDS.values())).float() - blue
+    along = ((corners - blue) @ others.T / others.square().sum(1).clamp(min=1)).clamp(0, 1)
+    between = along[..., None] * others
+    assert ((corners - blue)[:, None] - between).norm(dim=2).amin(1).max() < 0.1
+    unmixed = world.render(scenes[:2], numpy.random.default_rng(0))
+    torch.testing.assert_close((unmixed[:, :, 0, 0] + 1) * 127.5, blue.expand(2, 3))
+
+
 @pytest.mark.parametrize("count", world.COUNTS)
 def test_as_many_objects_are_drawn_as_the_scene_counts(count):
     image = picture(object="soccer ball", count=count, background="purple")
