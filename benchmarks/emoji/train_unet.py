@@ -107,6 +107,8 @@ def main() -> None:
     options = training.arguments(
         __doc__.splitlines()[0], steps=4800, batch_size=64, lr=1e-3, ema=0.999, fresh=0.0625, critic=0.0, initialize=""
     )
+    if options.critic:
+        critic = Critic.from_pretrained(options.output / "critic").eval().requires_grad_(False)
     data = Latents(options.output)
     unet = build()
     if options.initialize:
@@ -123,8 +125,6 @@ def main() -> None:
     if training.BFLOAT16_IS_FAST:  # in float32 it gains nothing
         unet.compile()  # takes minutes before the first step
     alphas = scheduler().alphas_cumprod
-    if options.critic:
-        critic = Critic.from_pretrained(options.output / "critic").eval().requires_grad_(False)
     pending, losses = 0.0, []
     while run.step < options.steps:
         pending += options.fresh * options.batch_size
