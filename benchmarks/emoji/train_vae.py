@@ -56,8 +56,6 @@ def main() -> None:
     run = training.Run(options.output, "vae", {"vae": vae, "optimizer": optimizer}, every_seconds=300)
     rng = numpy.random.default_rng((options.seed, run.step))
     while run.step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         images, _ = world.batch(rng, options.batch_size)
         with training.fast_arithmetic():
             posterior = vae.encode(images).latent_dist
@@ -65,10 +63,7 @@ def main() -> None:
         kl = posterior.kl().float().mean()
         error = distortion(decoded.float(), images)
         loss = error + 2e-6 * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        training.descend(loss, vae, [optimizer], options.lr * training.warmup_cosine(run.step, options.steps))
         run.step += 1
         if run.step % 50 == 0:
             run.log(loss=loss, distortion=error, kl=kl)
