@@ -25,6 +25,9 @@ def plot_effects(
     per component; in a map of single heads, columns are heads, with a row per attention. Sites that are changed
     together have rows of their own, and the column of the one in their middle.
 
+    Colours end at the total effect, or at the largest positive one if that is larger: a site that harms a picture more
+    than the corruption does is not to pale all others. The colour bar is then pointed.
+
     Args:
         effects: from `mediation.trace`, of one metric.
         ax: where to draw; None makes a new figure.
@@ -50,7 +53,9 @@ def plot_effects(
     if ax is None:
         size = (max(4.0, 0.42 * len(columns) + 2.6), max(1.8, 0.32 * len(rows) + 1.2))
         ax = matplotlib.pyplot.subplots(figsize=size, layout="constrained")[1]
-    limit = numpy.nanmax(numpy.abs(table), initial=1e-12)
+    largest = numpy.nanmax(numpy.abs(table), initial=1e-12)
+    total = 1.0 if normalize else abs(float(summary.total))
+    limit = min(largest, numpy.nanmax(table, initial=total))
     colors = matplotlib.pyplot.get_cmap(COLORMAP).with_extremes(bad="0.88")
     image = ax.imshow(table, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
     y, x = numpy.nonzero(sure)
@@ -62,7 +67,7 @@ def plot_effects(
     ax.set_yticks(numpy.arange(0.5, len(rows) - 1), minor=True)
     ax.grid(which="minor", color="white", linewidth=1)
     ax.tick_params(which="minor", length=0)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, extend="min" if largest > limit else "neither")
     bar.set_label(_quantity(effects, normalize))
     return ax
 

@@ -46,6 +46,26 @@ def test_components_are_rows_and_positions_are_columns():
     numpy.testing.assert_array_equal(shown, [[0.5, 0.25], [-1.0, numpy.nan]])
 
 
+@pytest.mark.parametrize(
+    ("values", "limit", "extend"),
+    [
+        ([0.5, -0.25, 0.125], 0.5, "neither"),
+        ([0.5, -9.0, 0.125], 1.0, "min"),  # the total effect is 1
+        ([3.0, -9.0, 0.125], 3.0, "min"),
+        ([-0.5, -0.25, -0.125], 0.5, "neither"),
+    ],
+)
+def test_what_harms_more_than_the_corruption_does_not_pale_the_others(values, limit, extend):
+    image = mediation.plot_effects(make([[values]])).images[0]
+    assert image.get_clim() == (-limit, limit)
+    assert image.colorbar.extend == extend
+
+
+def test_shares_of_the_total_effect_have_the_same_colors():
+    ax = mediation.plot_effects(make([[[0.5, -9.0, 0.125]]]), normalize=True)
+    assert ax.images[0].get_clim() == (-1.0, 1.0)
+
+
 def test_heads_are_columns_beside_their_attention():
     effects = make([[[0.5, -1.0, 0.25]]])
     names = ["unet.mid.0.self_attention.head.0", "unet.mid.0.self_attention.head.1", "unet.up.1.self_attention.head.0"]
