@@ -33,8 +33,9 @@ def package(run: pathlib.Path, bundle: pathlib.Path = BUNDLE) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for folder in ("pipeline", "clip", "probe"):
-        shutil.rmtree(bundle / folder, ignore_errors=True)
+    folders = [bundle / name for name in ("pipeline", "clip", "probe")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(bundle / "pipeline")
     _add_prefix(bundle / "pipeline" / "text_encoder" / "model.safetensors")
     clip.half().save_pretrained(bundle / "clip")
@@ -46,7 +47,7 @@ def package(run: pathlib.Path, bundle: pathlib.Path = BUNDLE) -> None:
     for name in ("vocab.json", "merges.txt"):  # what tokenizers of transformers 4.x read
         for folder in ("pipeline/tokenizer", "clip"):
             shutil.copy(run / "tokenizer" / name, bundle / folder / name)
-    for file in bundle.rglob("config.json"):
+    for file in (file for folder in folders for file in folder.rglob("config.json")):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # a folder of the machine that trained
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
