@@ -45,7 +45,7 @@ def main() -> None:
         pipe,
         captions(N_CAPTIONS, seed=0),
         **_SETTINGS,
-        recipe=mediation.Recipe(n_positions=options.positions, max_gradient_norm=None),  # as the bundled one was
+        recipe=mediation.Recipe(n_positions=options.positions),
         num_inference_steps=options.steps,
         guidance_scale=1.0,  # which has changed nothing yet at the first step, and halves the cost
         checkpoint=options.output / "training.safetensors",
