@@ -149,7 +149,7 @@ def _ablations(found: Ablations) -> list[str]:
     named = {what: " and ".join(one.name for one in BY_OBJECTIVE[what]) for what in found.rows}
     lines = [
         f"Concepts: {'; '.join(f'to {what}, {names}' for what, names in named.items())}. What is to be amplified must",
-        "not be in all pictures to begin with: these are two that the model draws badly, with scores of rendered",
+        "not be in all pictures to begin with: these are two that it draws less often, with scores of rendered",
         "pictures that show them. Diff-QuickFix puts one concept in another's place: it can take one away, and has no",
         "way to bring one out, so that it stands beside erasing only.",
         f"Pictures of {N_PROMPTS} prompts for each role and concept, drawn from the same noise without and with each",

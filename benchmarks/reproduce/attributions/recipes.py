@@ -39,7 +39,7 @@ class Concept:
 
 
 CONCEPTS = (Concept("ink", "style", "noto", "ink style"), Concept("cat", "object", "dog", "a cat"))
-# The model draws the former nearly always, and these in a third of pictures: there is something to bring out.
+# The model draws the former nearly always, and these less often: there is something to bring out.
 WEAK_CONCEPTS = (
     Concept("fluent", "style", "noto", "fluent style"),
     Concept("upside down", "pose", "upright", "an upside down thing"),
