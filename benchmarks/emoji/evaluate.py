@@ -84,6 +84,11 @@ def main() -> None:
         factor: interval(values[torch.tensor([judged(caption, factor) for caption in captions])])
         for factor, values in right.items()
     }
+    by_style = {}
+    for style in world.STYLES:
+        named = [judged(caption, "style") and caption.scene.style == style for caption in captions]
+        if any(named):
+            by_style[style] = interval(right["style"][torch.tensor(named)])
     real = on_renders(probe)
     report = {
         "captions": options.captions,
@@ -92,6 +97,7 @@ def main() -> None:
         "seed": options.seed,
         "seconds": round(seconds, 1),
         "generated": generated,
+        "generated_by_style": by_style,
         "probe_on_renders": real,
         "vae_psnr": train_vae.psnr(pipe.vae),
     }
@@ -108,6 +114,8 @@ def main() -> None:
             f"{factor:>10} {values['accuracy']:6.1%} [{values['low']:.1%}, {values['high']:.1%}] n={values['n']:<4}"
             f" {target:<12} probe on renders {real[factor]['accuracy']:.1%}"
         )
+    for style, values in by_style.items():
+        print(f"{style:>10} {values['accuracy']:6.1%} [{values['low']:.1%}, {values['high']:.1%}] n={values['n']}")
     print(f"VAE PSNR on held-out renders {report['vae_psnr']:.2f} dB; {options.output / 'samples.png'}")
 
 
