@@ -72,21 +72,14 @@ def main() -> None:
     run = training.Run(options.output, "clip", {"clip": clip, **both}, every_seconds=300)
     rng = numpy.random.default_rng((options.seed, run.step))
     while run.step < options.steps:
-        for optimizer in both.values():
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps, n_warmup=40)
         images, captions = world.batch(rng, options.batch_size)
         ids, mask = encode(tokenizer, [caption.text for caption in captions])
         # No caption is as long as the window; attention to what follows a caption is causal, so columns can be dropped.
         width = int(mask.sum(1).max())
         with training.fast_arithmetic():
             loss, top1 = contrast(clip, images, ids[:, :width], mask[:, :width])
-        for optimizer in both.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        for optimizer in both.values():
-            optimizer.step()
+        lr = options.lr * training.warmup_cosine(run.step, options.steps, n_warmup=40)
+        training.descend(loss, clip, both.values(), lr)
         clip.logit_scale.data.clamp_(max=4.6052)
         run.step += 1
         if run.step % 20 == 0:

@@ -6,6 +6,8 @@ lost. It judges nothing that is reported: that is the probe's part, which sees p
 Run: python -m benchmarks.emoji.train_critic --output runs/emoji
 """
 
+import math
+
 import numpy
 import torch
 import torch.nn.functional as F
@@ -55,8 +57,6 @@ def main() -> None:
         data.refill(rng, 256)
     pending = 0.0
     while run.step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         pending += options.fresh * options.batch_size
         if pending >= 256:
             data.refill(rng, 256)
@@ -66,9 +66,8 @@ def main() -> None:
         logits = critic(noised(data.latents[where], alphas[timesteps])[0], timesteps)
         truth = dict(zip(world.FACTORS, data.labels[where].T, strict=True))
         losses = {factor: F.cross_entropy(logits[factor], truth[factor]) for factor in logits}
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        optimizer.step()
+        lr = options.lr * training.warmup_cosine(run.step, options.steps)
+        training.descend(sum(losses.values()), critic, [optimizer], lr, max_norm=math.inf)
         run.step += 1
         if run.step % 50 == 0:
             run.log(**losses)

@@ -5,6 +5,8 @@ Blur, noise and tint are augmented, so that the probe reads what a picture shows
 Run: python -m benchmarks.emoji.train_probe --output runs/emoji
 """
 
+import math
+
 import numpy
 import torch
 import torch.nn.functional as F
@@ -33,16 +35,13 @@ def main() -> None:
     run = training.Run(options.output, "probe", {"probe": probe, "optimizer": optimizer}, every_seconds=300)
     rng = numpy.random.default_rng((options.seed, run.step))
     while run.step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * training.warmup_cosine(run.step, options.steps)
         images, captions = world.batch(rng, options.batch_size)
         truth = world.labels([caption.scene for caption in captions])
         with training.fast_arithmetic():
             logits = probe(augment((images + 1) / 2))
         losses = {factor: F.cross_entropy(logits[factor].float(), truth[factor]) for factor in truth}
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        optimizer.step()
+        lr = options.lr * training.warmup_cosine(run.step, options.steps)
+        training.descend(sum(losses.values()), probe, [optimizer], lr, max_norm=math.inf)
         run.step += 1
         if run.step % 50 == 0:
             run.log(**losses)

@@ -42,11 +42,17 @@ def warmup_cosine(step: int, n_steps: int, n_warmup: int = 100) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def descend(loss: torch.Tensor, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
-    """Steps `optimizers` at the learning rate `lr` along the gradient of `loss` in `model`, clipped to norm 1."""
+def descend(
+    loss: torch.Tensor,
+    model: torch.nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    lr: float,
+    max_norm: float = 1.0,
+) -> None:
+    """Steps `optimizers` at the learning rate `lr` along the gradient of `loss` in `model`, clipped to `max_norm`."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
